@@ -1,0 +1,240 @@
+"""Google's clients, real or local: the only place that knows endpoints and credentials.
+
+The Storage APIs are called through callables of our own on a `grpc.aio` channel, with the raw
+protobuf types: the generated clients wrap each message (2.7 ms for an append of 1 MB against
+0.11 ms), retry a bidirectional call by pulling its requests a second time, and resume a read only
+before its first message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import anyio
+import grpc
+from gcloud.aio.auth import Token
+from gcloud.aio.storage import Storage
+from google.api_core import exceptions as api_exceptions
+from google.auth import exceptions as auth_exceptions
+from google.cloud.bigquery_storage_v1 import types
+
+from mlsys import errors
+from mlsys.settings import Settings
+
+if TYPE_CHECKING:
+    from google.auth.credentials import Credentials
+    from google.cloud import bigquery
+
+STORAGE_HOST = "bigquerystorage.googleapis.com:443"
+_CLOSE_SECONDS = 10
+SCOPES = ("https://www.googleapis.com/auth/cloud-platform",)
+
+# Messages of the Storage APIs may be 128 MB. Window growth is turned off because a slow reader of
+# 8 streams was seen to buffer 2,196 MB with it and 74 MB without; the look-ahead wins back most of
+# the throughput that costs over a real network.
+CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", 4 * 1024 * 1024),
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+)
+
+
+class StorageApi:
+    """The methods of the BigQuery Storage Read and Write APIs, as raw `grpc.aio` callables."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        def method(kind: str, service: str, name: str, request: Any, response: Any) -> Any:
+            return getattr(channel, kind)(
+                f"/google.cloud.bigquery.storage.v1.{service}/{name}",
+                request_serializer=request.pb().SerializeToString,
+                response_deserializer=response.pb().FromString,
+            )
+
+        read, write = "BigQueryRead", "BigQueryWrite"
+        self.create_read_session = method(
+            "unary_unary",
+            read,
+            "CreateReadSession",
+            types.CreateReadSessionRequest,
+            types.ReadSession,
+        )
+        self.read_rows = method(
+            "unary_stream", read, "ReadRows", types.ReadRowsRequest, types.ReadRowsResponse
+        )
+        self.create_write_stream = method(
+            "unary_unary",
+            write,
+            "CreateWriteStream",
+            types.CreateWriteStreamRequest,
+            types.WriteStream,
+        )
+        self.append_rows = method(
+            "stream_stream", write, "AppendRows", types.AppendRowsRequest, types.AppendRowsResponse
+        )
+        self.finalize_write_stream = method(
+            "unary_unary",
+            write,
+            "FinalizeWriteStream",
+            types.FinalizeWriteStreamRequest,
+            types.FinalizeWriteStreamResponse,
+        )
+        self.batch_commit_write_streams = method(
+            "unary_unary",
+            write,
+            "BatchCommitWriteStreams",
+            types.BatchCommitWriteStreamsRequest,
+            types.BatchCommitWriteStreamsResponse,
+        )
+
+
+def routing(**resource: str) -> tuple[tuple[str, str], ...]:
+    """The header by which Google routes a call to the region that holds the resource."""
+    return (("x-goog-request-params", "&".join(f"{k}={v}" for k, v in resource.items())),)
+
+
+@dataclass(frozen=True)
+class Clients:
+    """What talks to Google Cloud: tables over REST, rows over gRPC, objects over HTTP."""
+
+    bigquery: bigquery.Client
+    storage: StorageApi
+    objects: Storage
+
+
+@asynccontextmanager
+async def open_clients(settings: Settings) -> AsyncIterator[Clients]:
+    """Opens every client and closes them in reverse.
+
+    Raises:
+        AccessDenied: there are no credentials, and no local server either.
+    """
+    with vendor_errors("Google Cloud"):
+        credentials = await anyio.to_thread.run_sync(_credentials, settings)
+        client = await anyio.to_thread.run_sync(_bigquery_client, settings, credentials)
+    try:
+        async with (
+            _channel(settings, credentials) as channel,
+            aiohttp.ClientSession() as session,
+            _objects(settings, session) as objects,
+        ):
+            yield Clients(client, StorageApi(channel), objects)
+    finally:
+        # Closing a client that was never used makes it look for certificates on disk.
+        with anyio.move_on_after(_CLOSE_SECONDS, shield=True):
+            await anyio.to_thread.run_sync(client.close, abandon_on_cancel=True)
+
+
+def _credentials(settings: Settings) -> Credentials:
+    import google.auth
+    from google.auth.credentials import AnonymousCredentials
+
+    if settings.bigquery_emulator_host and settings.bigquery_storage_emulator_host:
+        return AnonymousCredentials()
+    return google.auth.default(scopes=SCOPES)[0]
+
+
+def _bigquery_client(settings: Settings, credentials: Credentials) -> bigquery.Client:
+    from google.cloud import bigquery
+
+    options = None
+    project = settings.gcp_project_id
+    if settings.bigquery_emulator_host:
+        options = {"api_endpoint": settings.bigquery_emulator_host}
+        project = project or "mlsys-local"
+    return bigquery.Client(project=project, credentials=credentials, client_options=options)
+
+
+def _channel(settings: Settings, credentials: Credentials) -> grpc.aio.Channel:
+    if settings.bigquery_storage_emulator_host:
+        return grpc.aio.insecure_channel(settings.bigquery_storage_emulator_host, CHANNEL_OPTIONS)
+    from google.cloud.bigquery_storage_v1.services.big_query_read.transports import (
+        BigQueryReadGrpcAsyncIOTransport as Transport,
+    )
+
+    return Transport.create_channel(
+        STORAGE_HOST, credentials=credentials, scopes=SCOPES, options=CHANNEL_OPTIONS
+    )
+
+
+@asynccontextmanager
+async def _objects(settings: Settings, session: aiohttp.ClientSession) -> AsyncIterator[Storage]:
+    host = settings.storage_emulator_host
+    async with Token(session=session, scopes=SCOPES) as token:
+        yield Storage(session=session, token=token, api_root=host, api_is_dev=bool(host))
+
+
+_BY_STATUS = {
+    400: errors.InvalidRequest,
+    401: errors.AccessDenied,
+    403: errors.AccessDenied,
+    404: errors.NotFound,
+    409: errors.Conflict,
+    412: errors.Conflict,
+    408: errors.Unavailable,
+    429: errors.Unavailable,
+    500: errors.Unavailable,
+    502: errors.Unavailable,
+    503: errors.Unavailable,
+    504: errors.Unavailable,
+}
+_BY_CODE = {
+    grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidRequest,
+    grpc.StatusCode.FAILED_PRECONDITION: errors.InvalidRequest,
+    grpc.StatusCode.OUT_OF_RANGE: errors.IntegrityError,
+    grpc.StatusCode.UNAUTHENTICATED: errors.AccessDenied,
+    grpc.StatusCode.PERMISSION_DENIED: errors.AccessDenied,
+    grpc.StatusCode.NOT_FOUND: errors.NotFound,
+    grpc.StatusCode.ALREADY_EXISTS: errors.Conflict,
+}
+_SAID = {
+    errors.InvalidRequest: "was refused",
+    errors.AccessDenied: "is not open to these credentials. Grant them access, or sign in with "
+    "`gcloud auth application-default login`",
+    errors.NotFound: "does not exist. Check its name and its project",
+    errors.Conflict: "exists already, or was changed by somebody else",
+    errors.IntegrityError: "lost an append",
+    errors.Unavailable: "can't be reached just now. Nothing was written; try again",
+}
+
+
+@contextmanager
+def vendor_errors(subject: str) -> Iterator[None]:
+    """Translates what Google's clients raise into our own errors, about `subject`."""
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        ours = _BY_CODE.get(error.code(), errors.Unavailable)
+        raise _ours(ours, subject, error.details()) from error
+    except api_exceptions.GoogleAPICallError as error:
+        ours = _BY_STATUS.get(error.code or 500, errors.Unavailable)
+        raise _ours(ours, subject, error.message) from error
+    except aiohttp.ClientResponseError as error:
+        ours = _BY_STATUS.get(error.status, errors.Unavailable)
+        raise _ours(ours, subject, None) from error
+    except auth_exceptions.TransportError as error:
+        raise _ours(errors.Unavailable, subject, None) from error
+    except auth_exceptions.GoogleAuthError as error:
+        raise errors.AccessDenied(
+            f"{subject}: no usable credentials. Sign in with "
+            "`gcloud auth application-default login`, or run `mlsys local` and export the settings "
+            "it prints."
+        ) from error
+    except (OSError, aiohttp.ClientError, api_exceptions.RetryError) as error:
+        raise _ours(errors.Unavailable, subject, None) from error
+
+
+def _ours(kind: type[errors.MlsysError], subject: str, details: str | None) -> errors.MlsysError:
+    message = f"{subject} {_SAID[kind]}."
+    if details and kind is errors.InvalidRequest:
+        # Only a refusal of the caller's own words is worth repeating: the filter, mostly.
+        # What follows an empty line is the job's id and place.
+        said = " ".join(details.partition("\n\n")[0].split())
+        message = f"{subject} {_SAID[kind]}: {said[:300]}"
+    return kind(message)

@@ -1,0 +1,99 @@
+"""Which failures of a call pass by themselves, and how long to wait for that.
+
+What may be tried again: https://cloud.google.com/bigquery/docs/error-messages and the retry
+settings of the Storage API clients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+import anyio
+import grpc
+import stamina
+from google.api_core.exceptions import from_grpc_error
+from google.rpc.error_details_pb2 import RetryInfo
+
+_TRANSIENT = {
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.ABORTED,
+    grpc.StatusCode.UNKNOWN,
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+}
+
+# What grpcio says where a write to a call fails as the call ends, instead of the server's status.
+OVERWRITTEN = "Internal error from Core"
+
+_BROKEN = ("RST_STREAM", "GOAWAY", "EOS", "INTERNAL_ERROR", OVERWRITTEN.upper())
+
+
+def transient(error: BaseException) -> bool | float:
+    """Whether a call may be tried again; a number says after how many seconds.
+
+    INTERNAL passes only where it is HTTP/2 that broke (RST_STREAM, GOAWAY), or where grpcio could
+    not write to a call that had ended and hides why: otherwise it is the server's word that
+    something is wrong. RESOURCE_EXHAUSTED passes only where the server says when (RetryInfo):
+    without it, a quota is used up.
+    """
+    if isinstance(error, ConnectionError):
+        return True
+    if not isinstance(error, grpc.aio.AioRpcError):
+        return False
+    if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        wait = _retry_info(error)
+        return False if wait is None else wait or True
+    if error.code() is grpc.StatusCode.INTERNAL:
+        details = (error.details() or "").upper()
+        return any(word in details for word in _BROKEN)
+    return error.code() in _TRANSIENT
+
+
+def _retry_info(error: grpc.aio.AioRpcError) -> float | None:
+    for detail in from_grpc_error(error).details:
+        if isinstance(detail, RetryInfo):
+            return detail.retry_delay.ToTimedelta().total_seconds()
+    return None
+
+
+async def retrying[T](
+    call: Callable[[], Awaitable[T]],
+    *,
+    seconds: float,
+    also: Callable[[BaseException], bool] = lambda _: False,
+) -> T:
+    """Awaits `call()` until it succeeds, fails for good, or `seconds` have gone by."""
+    async for attempt in stamina.retry_context(
+        on=lambda error: transient(error) or also(error), attempts=None, timeout=seconds
+    ):
+        with attempt:
+            return await call()
+    raise AssertionError("the last attempt raises")
+
+
+async def resuming[T](
+    work: Callable[[], Awaitable[T]], *, progress: Callable[[], int], seconds: float
+) -> T:
+    """Runs `work` again after each transient failure, for as long as it gets further.
+
+    Args:
+        work: takes up where it was left off each time it is called.
+        progress: how far the work has come; a number that only grows.
+        seconds: how long to try without any progress.
+    """
+    while True:
+        reached = progress()
+        try:
+            async for attempt in stamina.retry_context(
+                on=lambda error, at=reached: progress() == at and transient(error),
+                attempts=None,
+                timeout=seconds,
+            ):
+                with attempt:
+                    return await work()
+        except (grpc.aio.AioRpcError, ConnectionError) as error:
+            wait = transient(error)
+            if progress() == reached or not wait:
+                raise
+            if wait is not True:
+                await anyio.sleep(wait)

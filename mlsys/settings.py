@@ -1,0 +1,65 @@
+"""Settings, from the environment or `.env`. `.env.example` documents each."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from mlsys.names import Environment
+
+MIB = 1024 * 1024
+
+# BigQuery refuses an AppendRows request over 10 MB; a request carries a header beside its rows.
+LARGEST_APPEND = 9 * MIB
+
+
+class Settings(BaseSettings):
+    """Frozen: made once when a process starts, and handed to whatever needs it."""
+
+    model_config = SettingsConfigDict(
+        env_file=".env", frozen=True, extra="ignore", env_ignore_empty=True
+    )
+
+    gcp_project_id: str | None = Field(None, description="The project that pays for reads")
+    gcp_region: str = Field("us-central1", description="Where the service and its buckets live")
+    mlsys_env: Environment | None = Field(
+        None, description="The only environment this deployment answers for; unset: all of them"
+    )
+    gcs_bucket_models_dev: str = "mlsys-models-dev"
+    gcs_bucket_models_staging: str = "mlsys-models-staging"
+    gcs_bucket_models_prod: str = "mlsys-models-prod"
+
+    bigquery_emulator_host: str | None = Field(None, description="http://host:port")
+    bigquery_storage_emulator_host: str | None = Field(None, description="host:port, gRPC")
+    storage_emulator_host: str | None = Field(None, description="http://host:port")
+
+    read_streams: PositiveInt = Field(
+        default_factory=lambda: 2 * (os.cpu_count() or 1),
+        le=1000,
+        description="Most read streams a run asks for",
+    )
+    chunk_rows: PositiveInt = Field(16_384, description="Rows a predict call gets, by default")
+    append_request_bytes: Annotated[PositiveInt, Field(le=LARGEST_APPEND)] = Field(
+        4 * MIB, description="Largest append request"
+    )
+    append_unacked_bytes: PositiveInt = Field(
+        8 * MIB, description="Bytes a stream has under way before it waits for an answer"
+    )
+    predict_threads: PositiveInt = Field(
+        default_factory=lambda: os.cpu_count() or 1, description="Predict calls at once"
+    )
+    model_cache_bytes: PositiveInt = Field(
+        256 * MIB, description="Size of the artifacts that are kept unpickled"
+    )
+    max_runs: PositiveInt = Field(2, description="Runs at once; further ones are answered 429")
+    retry_seconds: PositiveFloat = Field(
+        60, description="How long a call that makes no progress is tried again"
+    )
+    progress_seconds: PositiveFloat = Field(0.5, description="Time between progress events")
+
+    def model_bucket(self, env: Environment) -> str:
+        """The one bucket that models of `env` are loaded from."""
+        return getattr(self, f"gcs_bucket_models_{env}")
