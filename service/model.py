@@ -1,0 +1,247 @@
+"""Models: found in their environment's bucket, loaded once, kept while there is room.
+
+A pickle runs code as it loads. So one is only ever loaded from the bucket that the settings name
+for the environment, which only deployers and the data scientists' group may write.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import anyio
+import anyio.to_thread
+import structlog
+from anyio.abc import TaskGroup
+from cachetools import LRUCache
+from gcloud.aio.storage import Storage
+from pydantic import ValidationError
+
+from mlsys.errors import ModelUnusable, NotFound, redacted
+from mlsys.frame import FrameKind
+from mlsys.gcs import Blob, find_blob, list_blobs, read_blob
+from mlsys.metadata import ModelMetadata, golden_mismatch
+from mlsys.names import (
+    LATEST,
+    METADATA_FILE,
+    artifact_path,
+    parse_artifact_path,
+    version_number,
+)
+from mlsys.tasks import task_group
+from service.plan import Feature, ModelNeeds
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded model: the estimator, its metadata, and exactly which object it came from."""
+
+    name: str
+    version: str
+    blob: Blob
+    estimator: Any
+    metadata: ModelMetadata
+
+    @property
+    def uri(self) -> str:
+        """Where it was loaded from."""
+        return f"gs://{self.blob.bucket}/{self.blob.path}"
+
+    def needs(self) -> ModelNeeds:
+        """The columns it asks for: what it was fitted on, else what its metadata says.
+
+        Raises:
+            ModelUnusable: neither names the features, or they disagree in number.
+        """
+        told = {f.name: Feature(f.name, f.type) for f in self.metadata.typed_features()}
+        fitted = getattr(self.estimator, "feature_names_in_", None)
+        names = list(told) if fitted is None else [str(name) for name in fitted]
+        if not names:
+            raise ModelUnusable(
+                f"{self.uri} was fitted without column names, so the service can't know its "
+                'features. List them in metadata.json beside it: {"features": ["Age", …]}.'
+            )
+        expected = getattr(self.estimator, "n_features_in_", len(names))
+        if expected != len(names):
+            raise ModelUnusable(
+                f"{self.uri} was fitted on {expected} features, but its metadata.json lists "
+                f"{len(names)}."
+            )
+        ids = self.metadata.id_columns
+        return ModelNeeds(
+            features=tuple(told.get(name, Feature(name)) for name in names),
+            frame=frame_kind(self.estimator, self.metadata),
+            id_columns=None if ids is None else tuple(ids),
+        )
+
+
+def frame_kind(estimator: Any, metadata: ModelMetadata) -> FrameKind:
+    """What an estimator is given: what its metadata says, else what it was fitted on."""
+    bare = getattr(estimator, "feature_names_in_", None) is None
+    return FrameKind(metadata.frame or ("numpy" if bare else "pandas"))
+
+
+@dataclass
+class _Load:
+    """One load under way, and whoever waits for it."""
+
+    done: anyio.Event = field(default_factory=anyio.Event)
+    estimator: Any = None
+    error: Exception | None = None
+
+
+class ModelCache:
+    """Estimators by the generation of their object, least recently used first to go.
+
+    Args:
+        max_bytes: the size of all artifacts whose estimators are kept. One that is larger than
+            that is loaded for each run that needs it.
+        tasks: where loads run, so that one goes on when the request that began it goes away.
+    """
+
+    def __init__(self, max_bytes: int, tasks: TaskGroup) -> None:
+        self._tasks = tasks
+        self._kept: LRUCache[Blob, tuple[int, Any]] = LRUCache(max_bytes, getsizeof=lambda e: e[0])
+        self._loads: dict[Blob, _Load] = {}
+
+    async def get(self, blob: Blob, load: Callable[[Blob], Any]) -> Any:
+        """The estimator of `blob`, from the cache or by awaiting `load(blob)`: once, for all.
+
+        Raises:
+            Whatever `load` raises; the cache is then as it was.
+        """
+        if (kept := self._kept.get(blob)) is not None:
+            return kept[1]
+        loading = self._loads.get(blob)
+        if loading is None:
+            loading = self._loads[blob] = _Load()
+            self._tasks.start_soon(self._load, blob, load, loading)
+        await loading.done.wait()
+        if loading.error is not None:
+            raise loading.error
+        return loading.estimator
+
+    async def _load(self, blob: Blob, load: Callable[[Blob], Any], loading: _Load) -> None:
+        try:
+            loading.estimator = await load(blob)
+            if blob.size <= self._kept.maxsize:
+                self._kept[blob] = (blob.size, loading.estimator)
+        except Exception as error:
+            loading.error = error
+        finally:
+            del self._loads[blob]
+            loading.done.set()
+
+
+async def load_model(
+    objects: Storage, cache: ModelCache, *, bucket: str, name: str, version: str
+) -> Model:
+    """Finds a model and loads it, unless the cache has that generation of it.
+
+    Args:
+        version: `v3`, or `latest` for the highest that has a model.pkl.
+
+    Raises:
+        NotFound: there is no such model or version; those there are, are named.
+        ModelUnusable: it can't be unpickled here, or its metadata.json can't be read.
+    """
+    if version == LATEST:
+        version = await _latest(objects, bucket, name)
+    found: dict[str, Any] = {}
+
+    async def find() -> None:
+        found["blob"] = await find_blob(objects, bucket, artifact_path(name, version))
+
+    async def read_metadata() -> None:
+        found["metadata"] = await _metadata(objects, bucket, name, version)
+
+    async with task_group() as tasks:
+        tasks.start_soon(find)
+        tasks.start_soon(read_metadata)
+    if found["blob"] is None:
+        raise NotFound(await _missing(objects, bucket, name, version))
+
+    async def load(blob: Blob) -> Any:
+        return await load_estimator(objects, blob, found["metadata"])
+
+    estimator = await cache.get(found["blob"], load)
+    return Model(name, version, found["blob"], estimator, found["metadata"])
+
+
+async def load_estimator(objects: Storage, blob: Blob, metadata: ModelMetadata) -> Any:
+    """Downloads and unpickles an estimator, and asks it the golden rows of its metadata again.
+
+    Raises:
+        ModelUnusable: it can't be unpickled here, or answers otherwise than where it was trained.
+    """
+    data = await read_blob(objects, blob)
+    return await anyio.to_thread.run_sync(_unpickle, data, blob, metadata)
+
+
+async def _versions(objects: Storage, bucket: str, name: str) -> list[str]:
+    parsed = [
+        parse_artifact_path(blob.path) async for blob in list_blobs(objects, bucket, f"{name}/v")
+    ]
+    return sorted((each[1] for each in parsed if each), key=version_number)
+
+
+async def _latest(objects: Storage, bucket: str, name: str) -> str:
+    if not (versions := await _versions(objects, bucket, name)):
+        raise NotFound(
+            f"gs://{bucket} has no model named {name}. Upload one as {name}/v1/model.pkl."
+        )
+    return versions[-1]
+
+
+async def _missing(objects: Storage, bucket: str, name: str, version: str) -> str:
+    versions = ", ".join((await _versions(objects, bucket, name))[-10:]) or "none"
+    return (
+        f"gs://{bucket}/{artifact_path(name, version)} does not exist. Versions there: {versions}."
+    )
+
+
+async def _metadata(objects: Storage, bucket: str, name: str, version: str) -> ModelMetadata:
+    blob = await find_blob(objects, bucket, artifact_path(name, version, METADATA_FILE))
+    if blob is None:
+        return ModelMetadata()
+    try:
+        return ModelMetadata.model_validate_json(await read_blob(objects, blob))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ModelUnusable(
+            f"gs://{bucket}/{blob.path} can't be used: {where} {first['msg']}. Mend it and "
+            "upload it again."
+        ) from error
+
+
+def _unpickle(data: bytes, blob: Blob, metadata: ModelMetadata) -> Any:
+    import joblib
+
+    uri = f"gs://{blob.bucket}/{blob.path}"
+    try:
+        # Reads what pickle.dump wrote as well as what joblib.dump did.
+        estimator = joblib.load(io.BytesIO(data))
+    except ModuleNotFoundError as error:
+        raise ModelUnusable(
+            f"{uri} needs the package {error.name}, which this service lacks. Add it with "
+            "`uv add`, and deploy."
+        ) from error
+    except BaseException as error:  # A pickle may raise anything at all, SystemExit too.
+        said = redacted(f"{type(error).__name__}: {error}")
+        raise ModelUnusable(
+            f"{uri} can't be unpickled ({said}). Save it again with the versions of Python and "
+            "scikit-learn that the service runs; classes of your own belong in a package."
+        ) from error
+    if differs := golden_mismatch(estimator, metadata, frame_kind(estimator, metadata)):
+        raise ModelUnusable(
+            f"{uri} answers otherwise here than where it was trained: {differs}. It was trained "
+            f"with scikit-learn {metadata.sklearn_version or 'of unknown version'}. Train and "
+            "publish it again with the versions that the service runs."
+        )
+    _log.info("model loaded", uri=uri, generation=blob.generation, bytes=blob.size)
+    return estimator

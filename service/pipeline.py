@@ -1,0 +1,301 @@
+"""One run: its stages wired together, its streams committed last.
+
+    read stream → batches → chunks → predictions → append → pending stream      (a shard)
+    all shards done and counted → one commit
+
+Between the stages nothing is buffered: a batch moves on when the next stage asks for it, so memory
+follows from the number of shards and the size of a chunk, not from that of the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+import anyio
+import pyarrow as pa
+import structlog
+
+from mlsys.append import AppendLimits, append_stream, commit_streams, create_stream, finalize_stream
+from mlsys.clients import Clients
+from mlsys.errors import IntegrityError, InvalidRequest, NotFound
+from mlsys.names import TableRef
+from mlsys.read import ReadSession, open_session, read_stream
+from mlsys.settings import Settings
+from mlsys.tables import TableInfo, check_dataset, create_table, find_table
+from mlsys.tasks import task_group
+from service.contract import PredictRequest
+from service.model import Model, ModelCache, load_model
+from service.plan import Plan, choose_columns, make_plan, output_schema
+from service.predict import Predictor, describe, predict_stream
+
+_log = structlog.get_logger(__name__)
+
+# A commit that has begun is seen through, also when the caller goes away; for so long at most.
+_COMMIT_SECONDS = 30
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that can start: its plan, and the model that fulfils it."""
+
+    plan: Plan
+    model: Model
+    predictor: Predictor
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The unit of work: one read stream in, one pending write stream out."""
+
+    number: int
+    source: str
+    sink: str
+
+
+async def prepare(
+    request: PredictRequest,
+    *,
+    run_id: str,
+    now: datetime,
+    clients: Clients,
+    cache: ModelCache,
+    settings: Settings,
+) -> Job:
+    """Finds the tables and the model and settles the plan. Nothing is read or written yet.
+
+    Raises:
+        NotFound, InvalidRequest, AccessDenied, Unavailable: tables and model, as the names say.
+        TableMismatch: the input table does not fit the model, or the output table the result.
+        ModelUnusable: the model can't be loaded or can't predict.
+    """
+    found: dict[str, TableInfo | None] = {}
+
+    async def find(path: str) -> None:
+        found[path] = await find_table(
+            clients.bigquery, TableRef.parse(path), retry_seconds=settings.retry_seconds
+        )
+
+    if request.input_table == request.output_table:
+        raise InvalidRequest("input_table and output_table are the same. Name another output.")
+    async with task_group() as tasks:
+        tasks.start_soon(find, request.input_table)
+        tasks.start_soon(find, request.output_table)
+    table, output = found[request.input_table], found[request.output_table]
+    if table is None:
+        raise NotFound(f"The table {request.input_table} does not exist. Check its full path.")
+    if output is None:
+        await check_dataset(
+            clients.bigquery,
+            TableRef.parse(request.output_table),
+            retry_seconds=settings.retry_seconds,
+        )
+    model = await load_model(
+        clients.objects,
+        cache,
+        bucket=settings.model_bucket(request.env),
+        name=request.model_name,
+        version=request.model_version,
+    )
+    needs = model.needs()
+    columns = choose_columns(table, needs, request.id_columns)
+    predictor = await anyio.to_thread.run_sync(
+        lambda: describe(
+            model.estimator,
+            frame=needs.frame,
+            features=columns.features,
+            target=model.metadata.targets,
+        ),
+        abandon_on_cancel=True,
+    )
+    plan = make_plan(
+        request,
+        run_id=run_id,
+        table=table,
+        output=output,
+        columns=columns,
+        needs=needs,
+        outputs=predictor.outputs,
+        model_version=model.version,
+        chunk_rows=settings.chunk_rows,
+        now=now,
+    )
+    return Job(plan, model, predictor)
+
+
+async def execute(
+    job: Job,
+    *,
+    clients: Clients,
+    settings: Settings,
+    limiter: anyio.CapacityLimiter,
+    progress: Callable[[int], None],
+) -> int:
+    """Carries a job out and returns the number of rows appended: all, or an error and none.
+
+    Args:
+        limiter: bounds the predict calls at once over all runs of the process.
+        progress: told the number of rows of each acknowledged append.
+    """
+    plan = job.plan
+    session = await open_session(
+        clients.storage,
+        plan.input,
+        project=settings.gcp_project_id or plan.input.project,
+        columns=plan.columns.read,
+        where=plan.where,
+        max_streams=settings.read_streams,
+        retry_seconds=settings.retry_seconds,
+    )
+    if plan.creates_output:
+        await create_table(
+            clients.bigquery,
+            plan.output,
+            plan.output_columns,
+            retry_seconds=settings.retry_seconds,
+        )
+    shards = await _create_shards(clients, session, plan, settings)
+    _log.info("run started", rows=plan.rows, streams=len(shards), chunk_rows=plan.chunk_rows)
+    counts = await _run_shards(
+        shards, session, job, clients=clients, settings=settings, limiter=limiter, progress=progress
+    )
+    if shards:
+        await _commit(clients, plan, shards, counts, settings)
+    return sum(counts)
+
+
+async def _create_shards(
+    clients: Clients, session: ReadSession, plan: Plan, settings: Settings
+) -> list[Shard]:
+    sinks = [""] * len(session.streams)
+
+    async def create(number: int) -> None:
+        sinks[number] = await create_stream(
+            clients.storage, plan.output, retry_seconds=settings.retry_seconds
+        )
+
+    async with task_group() as tasks:
+        for number in range(len(sinks)):
+            tasks.start_soon(create, number)
+    return [
+        Shard(number, source, sink)
+        for number, (source, sink) in enumerate(zip(session.streams, sinks, strict=True))
+    ]
+
+
+async def _run_shards(
+    shards: Sequence[Shard],
+    session: ReadSession,
+    job: Job,
+    *,
+    clients: Clients,
+    settings: Settings,
+    limiter: anyio.CapacityLimiter,
+    progress: Callable[[int], None],
+) -> list[int]:
+    counts = [0] * len(shards)
+
+    async def run(shard: Shard) -> None:
+        counts[shard.number] = await run_shard(
+            shard,
+            session,
+            job,
+            clients=clients,
+            settings=settings,
+            limiter=limiter,
+            progress=progress,
+        )
+
+    async with task_group() as tasks:
+        for shard in shards:
+            tasks.start_soon(run, shard)
+    return counts
+
+
+async def run_shard(
+    shard: Shard,
+    session: ReadSession,
+    job: Job,
+    *,
+    clients: Clients,
+    settings: Settings,
+    limiter: anyio.CapacityLimiter,
+    progress: Callable[[int], None],
+) -> int:
+    """Reads, predicts and appends one stream; returns its rows. Nothing is visible yet.
+
+    Raises:
+        IntegrityError: rows read and rows appended are not the same number.
+    """
+    read = 0
+    batches_in, batches_out = anyio.create_memory_object_stream[pa.RecordBatch](0)
+    results_in, results_out = anyio.create_memory_object_stream[pa.RecordBatch](0)
+
+    async def read_all() -> None:
+        nonlocal read
+        read = await read_stream(
+            clients.storage,
+            session,
+            shard.source,
+            batches_in,
+            retry_seconds=settings.retry_seconds,
+        )
+
+    async def predict_all() -> None:
+        await predict_stream(
+            job.predictor, job.plan, batches_out, results_in, limiter=limiter, stream=shard.number
+        )
+
+    # The receive ends outlive every sender, so that a stage that fails is the one that is heard.
+    with batches_out, results_out:
+        async with task_group() as tasks:
+            tasks.start_soon(read_all)
+            tasks.start_soon(predict_all)
+            appended = await append_stream(
+                clients.storage,
+                shard.sink,
+                output_schema(job.plan, session.schema),
+                results_out,
+                limits=AppendLimits(
+                    settings.append_request_bytes,
+                    settings.append_unacked_bytes,
+                    settings.retry_seconds,
+                ),
+                acked=progress,
+            )
+    if read != appended:
+        raise IntegrityError(
+            f"{read:,} rows were read but {appended:,} appended. Nothing was written."
+        )
+    return appended
+
+
+async def _commit(
+    clients: Clients, plan: Plan, shards: Sequence[Shard], counts: Sequence[int], settings: Settings
+) -> None:
+    async def finalize(shard: Shard) -> None:
+        stored = await finalize_stream(
+            clients.storage, shard.sink, retry_seconds=settings.retry_seconds
+        )
+        if stored != counts[shard.number]:
+            raise IntegrityError(
+                f"{counts[shard.number]:,} rows were sent but {stored:,} stored. "
+                "Nothing was written."
+            )
+
+    async with task_group() as tasks:
+        for shard in shards:
+            tasks.start_soon(finalize, shard)
+    with anyio.move_on_after(_COMMIT_SECONDS, shield=True) as bounded:
+        await commit_streams(
+            clients.storage,
+            plan.output,
+            [shard.sink for shard in shards],
+            retry_seconds=settings.retry_seconds,
+        )
+    if bounded.cancelled_caught:
+        raise IntegrityError(
+            "BigQuery did not say whether it committed. Look for this run's rows in the output "
+            f"table: their PredictionTimestamp is {plan.predicted_at.isoformat()}."
+        )
