@@ -1,0 +1,286 @@
+"""The command `mlsys`."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import BaseModel, ValidationError
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from mlsys.errors import MlsysError
+from mlsys.names import Environment
+
+app = typer.Typer(
+    name="mlsys",
+    help="Batch predictions: a BigQuery table in, a scikit-learn model, a BigQuery table out.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+Env = Annotated[Environment, typer.Option(help="Whose models.")]
+Url = Annotated[
+    str | None,
+    typer.Option(
+        help="Where the service is; without it, this process does it.", envvar="MLSYS_URL"
+    ),
+]
+Token = Annotated[
+    str | None, typer.Option(help="An identity token for Cloud Run.", envvar="MLSYS_TOKEN")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+
+# For schedulers: what may succeed if it is tried again (sysexits.h calls it EX_TEMPFAIL).
+_TRY_AGAIN = 75
+
+# What a person reads goes to stderr, what a program reads to stdout.
+_console = Console(stderr=True)
+
+
+def _plain_errors[**P, T](command: Callable[P, T]) -> Callable[P, T]:
+    """Ends a command with a message: status 75 where trying again may help, else 1."""
+
+    @wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return command(*args, **kwargs)
+        except ValidationError as error:
+            for each in error.errors(include_url=False):
+                where = ".".join(map(str, each["loc"]))
+                _console.print(
+                    f"[red]✗[/] {where}: {escape(each['msg'].removeprefix('Value error, '))}"
+                )
+        except MlsysError as error:
+            _console.print(f"[red]✗[/] {escape(str(error))}", highlight=False)
+            if getattr(error, "retry_after", None) is not None:
+                raise typer.Exit(_TRY_AGAIN) from None
+        raise typer.Exit(1)
+
+    return wrapped
+
+
+@app.command()
+@_plain_errors
+def demo() -> None:
+    """See Titanic passengers predicted, from table to table, on local servers."""
+    from service.demo import demo
+
+    demo(Console())
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+@_plain_errors
+def local(
+    command: Annotated[
+        list[str] | None,
+        typer.Argument(help="Run this instead of waiting, with the service up as well."),
+    ] = None,
+) -> None:
+    """Keep the local servers up, with the sample tables and model in them, until Ctrl-C.
+
+    Prints the settings to export on stdout. With a command, such as `mlsys local -- jupyter lab`,
+    that runs with the settings exported and the service at MLSYS_URL, and ends it all with its
+    status.
+    """
+    import anyio
+
+    from mlsys.local import load_samples, local_servers
+    from service.demo import running_service, train, upload
+
+    with local_servers() as servers:
+        settings = servers.settings()
+        tables = anyio.run(load_samples, settings)
+        uri = upload(settings, train())
+        if command:
+            with running_service(servers) as url:
+                environ = servers.environ() | {"MLSYS_URL": url}
+                raise typer.Exit(subprocess.run(command, env=environ, check=False).returncode)
+        for name, value in servers.env.items():
+            print(f"export {name}={value}", flush=True)
+        _console.print("\nLoaded:", *tables, uri, sep="\n  ", highlight=False)
+        _console.print("\nExport the settings above in another terminal. Ctrl-C stops the servers.")
+        _wait_for_signal()
+        _console.print("Stopping.")
+
+
+def _wait_for_signal() -> None:
+    stopping = {signal.SIGINT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, stopping)
+    signal.sigwait(stopping)
+
+
+@app.command()
+def serve(
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="The port to listen on.")] = 8080,
+) -> None:
+    """Serve predictions over HTTP, with the settings of the environment or `.env`."""
+    import uvicorn
+
+    uvicorn.run("service.app:create_app", factory=True, host=host, port=port, log_config=None)
+
+
+@app.command()
+@_plain_errors
+def predict(
+    input_table: Annotated[str, typer.Argument(help="project.dataset.table to read.")],
+    output_table: Annotated[str, typer.Argument(help="project.dataset.table to append to.")],
+    model: Annotated[str, typer.Option(help="The model's name.")],
+    version: Annotated[str, typer.Option(help="v1, v2, … or latest.")] = "latest",
+    env: Env = Environment.DEV,
+    run_id: Annotated[str | None, typer.Option(help="Your name for this run.")] = None,
+    id_column: Annotated[
+        list[str] | None, typer.Option(help="A column to carry to the output; repeatable.")
+    ] = None,
+    where: Annotated[str | None, typer.Option(help="A row filter in SQL.")] = None,
+    chunk_rows: Annotated[int | None, typer.Option(help="Rows a predict call gets.")] = None,
+    url: Url = None,
+    token: Token = None,
+    as_json: AsJson = False,
+) -> None:
+    """Predict a table, through a running service or in this process, with a progress bar."""
+    from mlsys.progress import row_bar
+    from service.contract import PredictRequest, ProgressEvent
+
+    wanted = PredictRequest(
+        env=env,
+        input_table=input_table,
+        output_table=output_table,
+        model_name=model,
+        model_version=version,
+        run_id=run_id,
+        id_columns=id_column,
+        where=where,
+        chunk_rows=chunk_rows,
+    )
+    with row_bar("predicting", console=_console, keep=True) as show:
+
+        def progress(event: ProgressEvent) -> None:
+            show(event.rows_done, event.rows_total)
+
+        if url is not None:
+            from service.client import predict
+
+            result = predict(url, wanted, progress=progress, token=token)
+        else:
+            result = _here("predict_here", wanted, progress)
+    _answer(result, result.message, as_json)
+
+
+def _here(function: str, *arguments: Any) -> Any:
+    """Runs an asynchronous function of the engine with the settings of the environment."""
+    import anyio
+
+    from mlsys.settings import Settings
+    from service import engine
+    from service.logs import configure_logging
+
+    configure_logging("ERROR")
+    return anyio.run(getattr(engine, function), Settings(), *arguments)
+
+
+def _answer(result: BaseModel, message: str, as_json: bool) -> None:
+    if as_json:
+        print(result.model_dump_json())
+    else:
+        _console.print(f"[green]✓[/] {message}", highlight=False)
+
+
+@app.command()
+@_plain_errors
+def register(
+    env: Env = Environment.DEV, url: Url = None, token: Token = None, as_json: AsJson = False
+) -> None:
+    """Bring the registry table up to date with an environment's bucket."""
+    if url is not None:
+        from service.client import register
+
+        result = register(url, env, token=token)
+    else:
+        result = _here("register_here", env)
+    for each in result.skipped:
+        _console.print(f"[yellow]![/] {escape(f'{each.path}: {each.reason}')}", highlight=False)
+    counts = result.counts
+    told = f"{counts.registered} models registered in {result.table}, {counts.deleted} gone."
+    _answer(result, told, as_json)
+
+
+@app.command()
+@_plain_errors
+def publish(
+    model: Annotated[Path, typer.Argument(help="The pickle of a fitted estimator.", exists=True)],
+    name: Annotated[str, typer.Argument(help="The model's name.")],
+    rows: Annotated[
+        Path,
+        typer.Option(help="A few rows of its features, as .parquet or .csv.", exists=True),
+    ],
+    version: Annotated[str, typer.Option(help="v1, v2, … or next.")] = "next",
+    env: Env = Environment.DEV,
+    target: Annotated[
+        list[str] | None, typer.Option(help="The prediction's name; repeatable.")
+    ] = None,
+    id_column: Annotated[
+        list[str] | None, typer.Option(help="A column that the output carries; repeatable.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Upload a model with a complete metadata.json. Loads the pickle, so trust it first."""
+    import joblib
+
+    from mlsys.publish import publish_model
+
+    published = publish_model(
+        joblib.load(model),
+        name,
+        version,
+        rows=_rows(rows),
+        target=target[0] if target and len(target) == 1 else target,
+        id_columns=id_column,
+        env=env,
+    )
+    _answer(published.metadata, f"Published as {published.uri}.", as_json)
+
+
+def _rows(path: Path) -> Any:
+    import pyarrow.csv
+    import pyarrow.parquet
+
+    from mlsys.errors import InvalidRequest
+    from mlsys.frame import FrameKind, to_arrow, to_frame
+
+    readers = {".csv": pyarrow.csv.read_csv, ".parquet": pyarrow.parquet.read_table}
+    if path.suffix not in readers:
+        raise InvalidRequest(f"{path.name} is neither .parquet nor .csv.")
+    return to_frame(to_arrow(readers[path.suffix](path)), FrameKind.PANDAS)
+
+
+@app.command()
+@_plain_errors
+def models(env: Env = Environment.DEV, as_json: AsJson = False) -> None:
+    """List the models in an environment's bucket."""
+    import json
+
+    from mlsys.gcs import gcs_list_blobs
+    from mlsys.names import parse_artifact_path, version_number
+    from mlsys.settings import Settings
+
+    bucket = Settings().model_bucket(env)
+    found: dict[str, list[str]] = {}
+    for parsed in map(parse_artifact_path, gcs_list_blobs(bucket)):
+        if parsed is not None:
+            found.setdefault(parsed[0], []).append(parsed[1])
+    versions = {name: sorted(each, key=version_number) for name, each in sorted(found.items())}
+    if as_json:
+        print(json.dumps(versions))
+        return
+    table = Table("Model", "Latest", "Versions", title=f"gs://{bucket}", title_justify="left")
+    for name, each in versions.items():
+        table.add_row(name, each[-1], ", ".join(each))
+    Console().print(table)

@@ -1,0 +1,133 @@
+"""Errors on the wire: RFC 9457 problem details, the only place that knows HTTP statuses."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.routing import Match
+
+from mlsys import errors
+from mlsys.errors import MlsysError
+from mlsys.names import shown
+from service.contract import Problem
+
+MEDIA_TYPE = "application/problem+json"
+
+_PLAIN = re.compile(r"\w{1,80}", re.A)
+
+# The first class that fits, so the more special ones stand first.
+_STATUS: tuple[tuple[type[MlsysError], int, str], ...] = (
+    (errors.InvalidRequest, 400, "The request is malformed"),
+    (errors.AccessDenied, 403, "Not allowed"),
+    (errors.NotFound, 404, "Not found"),
+    (errors.Conflict, 409, "Already under way"),
+    (errors.TableMismatch, 422, "The table does not fit"),
+    (errors.TooManyRuns, 429, "Too many runs"),
+    (errors.ModelUnusable, 500, "The model can't be used"),
+    (errors.ModelRaised, 500, "The model raised an exception"),
+    (errors.IntegrityError, 500, "Rows went missing on the way"),
+    (errors.Unavailable, 503, "Not available just now"),
+)
+
+
+def problem_of(error: Exception, run_id: str | None = None) -> Problem:
+    """What the caller is told of an error. Of one that nobody foresaw, only that it happened."""
+    instance = f"/runs/{run_id}" if run_id else None
+    for kind, status, title in _STATUS:
+        if isinstance(error, kind):
+            return Problem(
+                type=f"urn:mlsys:{_slug(kind.__name__)}",
+                title=title,
+                status=status,
+                detail=str(error),
+                instance=instance,
+                **error.members,
+            )
+    return Problem(
+        type="urn:mlsys:internal-error",
+        title="Internal error",
+        status=500,
+        detail="Something went wrong inside the service; its log says what. Nothing was written.",
+        instance=instance,
+    )
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"(?<!^)(?=[A-Z])", "-", name).lower()
+
+
+def problem_response(problem: Problem, error: Exception | None = None) -> JSONResponse:
+    """The response to send; with `Retry-After` where trying again may help."""
+    headers = {}
+    if (retry_after := getattr(error, "retry_after", None)) is not None:
+        headers["Retry-After"] = str(math.ceil(retry_after))
+    return JSONResponse(
+        problem.model_dump(exclude_none=True),
+        status_code=problem.status,
+        headers=headers,
+        media_type=MEDIA_TYPE,
+    )
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Makes every error of the application a problem."""
+
+    @app.exception_handler(MlsysError)
+    async def foreseen(_: Request, error: MlsysError) -> JSONResponse:
+        return problem_response(problem_of(error), error)
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
+        detail = "; ".join(_told(each) for each in error.errors())
+        return problem_response(problem_of(errors.InvalidRequest(detail)))
+
+    @app.exception_handler(HTTPException)
+    async def refused(request: Request, error: HTTPException) -> JSONResponse:
+        problem = Problem(
+            type="about:blank",
+            title=error.detail,
+            status=error.status_code,
+            detail=f"{request.method} on this path is not something this service answers. "
+            "See /docs for what it does.",
+        )
+        response = problem_response(problem)
+        response.headers.update(error.headers or {})
+        if error.status_code == 405:
+            response.headers["Allow"] = ", ".join(_allowed(request))
+        return response
+
+    @app.exception_handler(Exception)
+    async def unforeseen(_: Request, error: Exception) -> JSONResponse:
+        # Logged where it is raised again: by the server.
+        return problem_response(problem_of(error))
+
+
+def _allowed(request: Request) -> list[str]:
+    """The methods of every route with this path; the framework names those of the first alone."""
+    fit = [r for r in request.app.routes if r.matches(request.scope)[0] is not Match.NONE]
+    return sorted({method for route in fit for method in route.methods or ()})
+
+
+def _told(error: dict[str, Any]) -> str:
+    if error["type"] == "json_invalid":
+        return f"The body is not JSON: {error['ctx']['error']} at character {error['loc'][-1]}"
+    if error["loc"] == ("body",):
+        return "A body is required: a JSON object, sent as Content-Type: application/json"
+    where = ".".join(str(part) for part in _place(error["loc"]))
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        message = "there is no such parameter"
+    if error["type"] == "missing":
+        message = "is required"
+    return f"{where}: {message}" if where else message
+
+
+def _place(loc: Sequence[str | int]) -> Sequence[str | int]:
+    return [p if isinstance(p, int) or _PLAIN.fullmatch(p) else shown(p) for p in loc[1:]]
