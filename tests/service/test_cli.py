@@ -1,0 +1,249 @@
+"""The command `mlsys`, run as its users do: as a process."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx2
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from sklearn.linear_model import LinearRegression
+
+from mlsys.local import LocalServers
+from tests.conftest import Client, Cloud
+
+MLSYS = str(Path(sys.executable).with_name("mlsys"))
+
+
+def mlsys(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [MLSYS, *arguments],
+        env=os.environ | {"COLUMNS": "200", "NO_COLOR": "1"} | env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.fixture(scope="module")
+def scored(cloud: Cloud) -> tuple[str, str]:
+    """An input table of ten rows and the name of a model that doubles `x`."""
+    rows = pa.table({"id": range(10), "x": [float(i) for i in range(10)]})
+    frame = rows.select(["x"]).to_pandas()
+    return cloud.put(rows), cloud.publish(LinearRegression().fit(frame, frame["x"] * 2))
+
+
+def test_the_demo_predicts_every_passenger_and_leaves_nothing_running() -> None:
+    done = mlsys("demo")
+
+    assert done.returncode == 0, done.stderr
+    assert "262 rows predicted by titanic-survival v1" in done.stdout
+    assert "262/262 rows" in done.stdout
+    assert re.search(r"1048 │ male +│ +38 │ +3 │ +no │ +0\.\d\d", done.stdout)
+    assert re.search(r"all +│ +│ +262 │ +\d\d%", done.stdout)
+    [url] = re.findall(r"(http://\S+)/docs", done.stdout)
+    with pytest.raises(httpx2.ConnectError):
+        httpx2.get(f"{url}/health")
+
+
+def test_local_prints_settings_that_work_and_stops_with_all_it_started() -> None:
+    with subprocess.Popen(
+        [MLSYS, "local"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            exports = [process.stdout.readline() for _ in LocalServers("", "", "").env]
+            printed = dict(re.findall(r"export (\w+)=(\S+)", "".join(exports)))
+            servers = LocalServers(
+                bigquery=printed["BIGQUERY_EMULATOR_HOST"],
+                bigquery_storage=printed["BIGQUERY_STORAGE_EMULATOR_HOST"],
+                storage=printed["STORAGE_EMULATOR_HOST"],
+            )
+            assert servers.env == printed
+            started = psutil.Process(process.pid).children(recursive=True)
+            tables = httpx2.get(
+                f"{servers.bigquery}/bigquery/v2/projects/mlsys-local/datasets/mlsys_dev/tables",
+                timeout=60,
+            ).json()
+            objects = httpx2.get(
+                f"{servers.storage}/storage/v1/b/mlsys-models-dev/o", timeout=60
+            ).json()
+        finally:
+            process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 0
+
+    names = {table["tableReference"]["tableId"] for table in tables["tables"]}
+    assert {"titanic_train", "titanic_test"} <= names
+    assert "titanic-survival/v1/model.pkl" in {item["name"] for item in objects["items"]}
+    assert started
+    assert not [child for child in started if child.is_running()]
+
+
+def test_predict_prints_the_result_as_json(
+    service: Client, cloud: Cloud, scored: tuple[str, str]
+) -> None:
+    table, model = scored
+    output = cloud.new_table()
+
+    done = mlsys(
+        "predict",
+        table,
+        output,
+        f"--model={model}",
+        f"--url={service.base_url}",
+        "--where=id < 5",
+        "--id-column=id",
+        "--run-id=from-the-cli",
+        "--json",
+    )
+
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert (result["rows"], result["run_id"]) == (5, "from-the-cli")
+    assert [row["Prediction"] for row in cloud.rows(output, order_by="id")] == pytest.approx(
+        [0, 2, 4, 6, 8]
+    )
+
+
+def test_predict_tells_people_what_was_done(
+    service: Client, cloud: Cloud, scored: tuple[str, str]
+) -> None:
+    table, model = scored
+
+    done = mlsys(
+        "predict", table, cloud.new_table(), f"--model={model}", MLSYS_URL=str(service.base_url)
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert f"✓ 10 rows predicted by {model} v1" in done.stderr
+
+
+def test_predict_fails_with_the_problem_and_status_1(
+    service: Client, cloud: Cloud, scored: tuple[str, str]
+) -> None:
+    table, _ = scored
+
+    done = mlsys("predict", table, cloud.new_table(), "--model=nobody", f"--url={service.base_url}")
+
+    assert done.returncode == 1
+    assert "✗ Not found: gs://mlsys-models-dev has no model named nobody." in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_predict_refuses_a_malformed_name_before_it_calls() -> None:
+    done = mlsys("predict", "not a table", "a.b.c", "--model=m", "--url=http://127.0.0.1:1")
+
+    assert done.returncode == 1
+    assert "✗ input_table: 'not a table' is not a table path." in done.stderr
+
+
+def test_predict_asks_to_be_tried_again_where_there_is_no_service() -> None:
+    done = mlsys(
+        "predict",
+        "my-project.data.input",
+        "my-project.data.output",
+        "--model=m",
+        "--url=http://127.0.0.1:1",
+    )
+
+    assert done.returncode == 75
+    assert "✗ No answer from http://127.0.0.1:1 (ConnectError). Is it up?" in done.stderr
+
+
+def test_predict_needs_no_service(
+    servers: LocalServers, cloud: Cloud, scored: tuple[str, str]
+) -> None:
+    table, model = scored
+    output = cloud.new_table()
+
+    done = mlsys("predict", table, output, f"--model={model}", "--json", **servers.env)
+
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["rows"] == 10
+    assert cloud.count(output) == 10
+
+
+def test_predict_without_a_service_fails_like_one_with_it(
+    servers: LocalServers, cloud: Cloud, scored: tuple[str, str]
+) -> None:
+    done = mlsys("predict", scored[0], cloud.new_table(), "--model=nobody", **servers.env)
+
+    assert done.returncode == 1
+    assert "gs://mlsys-models-dev has no model named nobody." in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_publish_then_models_lists_it(servers: LocalServers, cloud: Cloud, tmp_path: Path) -> None:
+    rows = pa.table({"x": [1.0, 2.0, 3.0]})
+    frame = rows.to_pandas()
+    (tmp_path / "model.pkl").write_bytes(
+        pickle.dumps(LinearRegression().fit(frame, frame["x"] * 2))
+    )
+    pq.write_table(rows, tmp_path / "rows.parquet")
+    name = cloud.name("cli").replace("_", "-")
+    arguments = [str(tmp_path / "model.pkl"), name, f"--rows={tmp_path / 'rows.parquet'}"]
+
+    for _ in range(2):
+        published = mlsys("publish", *arguments, "--target=double", "--json", **servers.env)
+        assert published.returncode == 0, published.stderr
+    listed = mlsys("models", "--json", **servers.env)
+    shown = mlsys("models", **servers.env)
+
+    assert json.loads(published.stdout)["target"] == "double"
+    assert json.loads(listed.stdout)[name] == ["v1", "v2"]
+    assert re.search(rf"{name} +│ v2 +│ v1, v2", shown.stdout)
+
+
+def test_publish_refuses_a_version_that_exists(
+    servers: LocalServers, cloud: Cloud, tmp_path: Path
+) -> None:
+    (tmp_path / "model.pkl").write_bytes(
+        pickle.dumps(LinearRegression().fit(pa.table({"x": [1.0, 2.0]}).to_pandas(), [1, 2]))
+    )
+    (tmp_path / "rows.csv").write_text("x\n1.5\n")
+    name = cloud.name("cli").replace("_", "-")
+    arguments = [
+        str(tmp_path / "model.pkl"),
+        name,
+        f"--rows={tmp_path / 'rows.csv'}",
+        "--version=v3",
+    ]
+
+    assert mlsys("publish", *arguments, **servers.env).returncode == 0
+    again = mlsys("publish", *arguments, **servers.env)
+
+    assert again.returncode == 1
+    assert f"gs://mlsys-models-dev/{name}/v3/metadata.json exists already" in again.stderr
+
+
+def test_local_runs_a_command_with_everything_up_and_ends_with_its_status() -> None:
+    script = (
+        "import os, sys, httpx2; "
+        "print(httpx2.get(os.environ['MLSYS_URL'] + '/health').json()); sys.exit(7)"
+    )
+
+    done = mlsys("local", "--", sys.executable, "-c", script)
+
+    assert done.returncode == 7, done.stderr
+    assert done.stdout.strip() == "{'status': 'ok'}"
+
+
+def test_register_counts_the_same_with_a_service_and_without(
+    service: Client, servers: LocalServers, scored: tuple[str, str]
+) -> None:
+    with_it = mlsys("register", "--json", f"--url={service.base_url}")
+    without = mlsys("register", "--json", **servers.env)
+
+    assert (with_it.returncode, without.returncode) == (0, 0), with_it.stderr + without.stderr
+    first, second = json.loads(with_it.stdout), json.loads(without.stdout)
+    assert scored[1] in {model["name"] for model in first["registered"]}
+    assert second["registered"] == first["registered"]

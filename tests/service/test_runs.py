@@ -1,0 +1,245 @@
+"""Runs are admitted, counted and ended."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+import anyio
+import pytest
+
+from mlsys.errors import Conflict, NotFound, TooManyRuns, Unavailable
+from mlsys.frame import FrameKind
+from mlsys.gcs import Blob
+from mlsys.metadata import ModelMetadata
+from mlsys.names import TableRef
+from service.contract import PredictRequest
+from service.logs import configure_logging
+from service.model import Model
+from service.pipeline import Job
+from service.plan import Columns, Plan
+from service.predict import Predictor
+from service.runs import Run, Runs, peak_memory_bytes
+from tests.service.support import PATIENCE, request_for
+
+pytestmark = pytest.mark.anyio
+
+MIB = 2**20
+TABLES = ("my-project.data.input", "my-project.data.output")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def logging_is_set_up() -> None:
+    """As in a service: structlog's own way of writing an exception reads files."""
+    configure_logging()
+
+
+def request(**more: Any) -> PredictRequest:
+    return PredictRequest(**request_for(*TABLES, "titanic-survival", **more))
+
+
+def job(rows: int | None) -> Job:
+    plan = Plan(
+        run_id="r",
+        input=TableRef.parse(TABLES[0]),
+        output=TableRef.parse(TABLES[1]),
+        columns=Columns((), ()),
+        frame=FrameKind.PANDAS,
+        outputs=(),
+        output_columns=(),
+        creates_output=True,
+        where=None,
+        chunk_rows=10,
+        rows=rows,
+        model_name="titanic-survival",
+        model_version="v3",
+        predicted_at=datetime.now(UTC),
+    )
+    blob = Blob("mlsys-models-dev", "titanic-survival/v3/model.pkl", 7, 100, "")
+    model = Model("titanic-survival", "v3", blob, None, ModelMetadata())
+    return Job(plan, model, Predictor(None, FrameKind.PANDAS, (), ()))
+
+
+async def carried_out(run: Run, work: Callable[[Run], Awaitable[int]]) -> Run:
+    with anyio.fail_after(PATIENCE):
+        await run.carry_out(work)
+    return run
+
+
+async def test_progress_before_the_plan_knows_no_total() -> None:
+    progress = Run(request(run_id="r")).progress()
+
+    assert (progress.run_id, progress.rows_done, progress.rows_total) == ("r", 0, None)
+    assert progress.rows_per_second == 0
+    assert progress.seconds_left is None
+
+
+async def test_progress_counts_what_is_acknowledged_and_estimates_the_rest() -> None:
+    run = Run(request())
+    run.plan(job(rows=1000))
+    run.advance(100)
+    run.advance(150)
+
+    progress = run.progress()
+
+    assert (progress.rows_done, progress.rows_total) == (250, 1000)
+    assert progress.rows_per_second > 0
+    # Three times what is done is left, at the same rate; whole seconds.
+    assert progress.seconds_left == int(progress.seconds_left)
+    assert progress.seconds_left >= 750 / progress.rows_per_second * 0.99
+
+
+async def test_progress_without_a_total_estimates_nothing() -> None:
+    run = Run(request(where="a > 1"))
+    run.plan(job(rows=None))
+    run.advance(100)
+
+    assert (run.progress().rows_total, run.progress().seconds_left) == (None, None)
+
+
+async def test_more_rows_than_the_table_was_said_to_have_leave_no_time_to_wait() -> None:
+    run = Run(request())
+    run.plan(job(rows=100))
+    run.advance(150)
+
+    assert run.progress().seconds_left == 0
+
+
+async def test_nothing_done_yet_estimates_nothing() -> None:
+    run = Run(request())
+    run.plan(job(rows=100))
+
+    assert run.progress().seconds_left is None
+
+
+async def test_a_run_that_ends_well_has_a_result() -> None:
+    async def work(run: Run) -> int:
+        run.plan(job(rows=1234))
+        return 1234
+
+    run = await carried_out(Run(request(run_id="r")), work)
+
+    assert run.error is None
+    assert run.planned.is_set()
+    assert run.ended.is_set()
+    assert run.result.rows == 1234
+    assert run.result.message == (
+        "1,234 rows predicted by titanic-survival v3 and appended to my-project.data.output."
+    )
+    assert run.result.model.uri == "gs://mlsys-models-dev/titanic-survival/v3/model.pkl"
+    assert run.result.model.generation == 7
+    assert run.result.started_at <= run.result.ended_at
+
+
+@pytest.mark.parametrize("error", [NotFound("Look elsewhere."), RuntimeError("hush")])
+async def test_a_run_that_fails_has_its_error(error: Exception) -> None:
+    async def work(run: Run) -> int:
+        raise error
+
+    run = await carried_out(Run(request()), work)
+
+    assert run.error is error
+    assert run.result is None
+    assert run.planned.is_set()
+    assert run.ended.is_set()
+
+
+async def test_a_run_that_is_told_to_end_says_why() -> None:
+    async def work(run: Run) -> int:
+        run.cancel("the caller went away")
+        await anyio.sleep_forever()
+
+    run = await carried_out(Run(request()), work)
+
+    assert isinstance(run.error, Unavailable)
+    assert "the caller went away" in str(run.error)
+    assert run.result is None
+
+
+@pytest.fixture
+async def let_go() -> anyio.Event:
+    return anyio.Event()
+
+
+@asynccontextmanager
+async def admitting(let_go: anyio.Event, most: int = 2) -> AsyncIterator[Runs]:
+    """Runs, at most `most` at once; those of `until(let_go)` end with the block."""
+    with anyio.fail_after(PATIENCE):
+        async with anyio.create_task_group() as tasks:
+            yield Runs(tasks, most)
+            let_go.set()
+
+
+def until(event: anyio.Event) -> Callable[[Run], Awaitable[int]]:
+    async def work(run: Run) -> int:
+        run.plan(job(rows=1))
+        await event.wait()
+        return 1
+
+    return work
+
+
+async def test_no_more_runs_than_may_be_are_under_way(let_go: anyio.Event) -> None:
+    async with admitting(let_go) as runs:
+        first, second = (runs.start(request(), until(let_go)) for _ in range(2))
+        with pytest.raises(TooManyRuns, match="2 runs under way"):
+            runs.start(request(), until(let_go))
+
+        first.cancel("…")
+        await first.ended.wait()
+        third = runs.start(request(), until(let_go))
+
+        let_go.set()
+        await second.ended.wait()
+        await third.ended.wait()
+    assert second.result.rows == third.result.rows == 1
+
+
+async def test_a_name_is_free_again_when_its_run_has_ended(let_go: anyio.Event) -> None:
+    async with admitting(let_go) as runs:
+        first = runs.start(request(run_id="r"), until(let_go))
+        with pytest.raises(Conflict, match="The run r is under way"):
+            runs.start(request(run_id="r"), until(let_go))
+
+        let_go.set()
+        await first.ended.wait()
+        assert runs.start(request(run_id="r"), until(let_go)) is not first
+
+
+async def test_a_run_that_fails_frees_its_place(let_go: anyio.Event) -> None:
+    async def fail(run: Run) -> int:
+        raise RuntimeError("hush")
+
+    async with admitting(let_go, most=1) as runs:
+        for _ in range(3):
+            run = runs.start(request(run_id="r"), fail)
+            await run.ended.wait()
+            assert isinstance(run.error, RuntimeError)
+
+
+async def test_all_runs_are_ended_together(let_go: anyio.Event) -> None:
+    async with admitting(let_go) as runs:
+        both = [runs.start(request(), until(let_go)) for _ in range(2)]
+        await anyio.wait_all_tasks_blocked()
+
+        runs.cancel_all("this instance is shutting down")
+
+        for run in both:
+            await run.ended.wait()
+            assert "shutting down" in str(run.error)
+
+
+def test_the_peak_of_memory_is_that_of_this_process_in_bytes() -> None:
+    parents = bytearray(500 * MIB)
+    parents[::4096] = b"x" * len(parents[::4096])
+    tell = "from service.runs import peak_memory_bytes; print(peak_memory_bytes())"
+
+    told = subprocess.run([sys.executable, "-c", tell], capture_output=True, check=True, text=True)
+
+    assert peak_memory_bytes() > len(parents)
+    # Python with pandas and pyarrow, and not what the process holds that started it.
+    assert 50 * MIB < int(told.stdout) < 400 * MIB
