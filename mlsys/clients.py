@@ -8,7 +8,7 @@ before its first message.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -50,11 +50,18 @@ class StorageApi:
     """The methods of the BigQuery Storage Read and Write APIs, as raw `grpc.aio` callables."""
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
-        def method(kind: str, service: str, name: str, request: Any, response: Any) -> Any:
+        def method(
+            kind: str,
+            service: str,
+            name: str,
+            request: Any,
+            response: Any,
+            wanted: Callable[[Any], Any] = lambda message: message,
+        ) -> Any:
             return getattr(channel, kind)(
                 f"/google.cloud.bigquery.storage.v1.{service}/{name}",
                 request_serializer=request.pb().SerializeToString,
-                response_deserializer=response.pb().FromString,
+                response_deserializer=lambda data: wanted(response.pb().FromString(data)),
             )
 
         read, write = "BigQueryRead", "BigQueryWrite"
@@ -65,8 +72,14 @@ class StorageApi:
             types.CreateReadSessionRequest,
             types.ReadSession,
         )
+        # The serialized batch alone: whoever kept its message would hold the rows twice.
         self.read_rows = method(
-            "unary_stream", read, "ReadRows", types.ReadRowsRequest, types.ReadRowsResponse
+            "unary_stream",
+            read,
+            "ReadRows",
+            types.ReadRowsRequest,
+            types.ReadRowsResponse,
+            lambda message: message.arrow_record_batch.serialized_record_batch,
         )
         self.create_write_stream = method(
             "unary_unary",
@@ -113,7 +126,8 @@ async def open_clients(settings: Settings) -> AsyncIterator[Clients]:
     """Opens every client and closes them in reverse.
 
     Raises:
-        AccessDenied: there are no credentials, and no local server either.
+        AccessDenied: there are no credentials, and no local server either; or they name no
+            project, and no setting does.
     """
     with vendor_errors("Google Cloud"):
         credentials = await anyio.to_thread.run_sync(_credentials, settings)
@@ -148,7 +162,12 @@ def _bigquery_client(settings: Settings, credentials: Credentials) -> bigquery.C
     if settings.bigquery_emulator_host:
         options = {"api_endpoint": settings.bigquery_emulator_host}
         project = project or "mlsys-local"
-    return bigquery.Client(project=project, credentials=credentials, client_options=options)
+    try:
+        return bigquery.Client(project=project, credentials=credentials, client_options=options)
+    except OSError as error:
+        raise errors.AccessDenied(
+            "The credentials belong to no project. Set GCP_PROJECT_ID to the one that pays."
+        ) from error
 
 
 def _channel(settings: Settings, credentials: Credentials) -> grpc.aio.Channel:

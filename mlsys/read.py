@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
 
 import grpc
 import pyarrow as pa
@@ -116,13 +115,12 @@ async def read_stream(
 
     async def read_on() -> None:
         nonlocal rows
-        async with aclosing(_responses(api, stream, offset=rows)) as responses:
-            async for response in responses:
-                # Reading a protobuf bytes field copies it: once a message.
-                message = pa.py_buffer(response.arrow_record_batch.serialized_record_batch)
-                batch = pa.ipc.read_record_batch(message, session.schema)
+        async with aclosing(_messages(api, stream, offset=rows)) as messages:
+            async for message in messages:
+                batch = pa.ipc.read_record_batch(pa.py_buffer(message), session.schema)
                 await out.send(batch)
                 rows += batch.num_rows
+                del message, batch  # Or they would stay in memory until the next has come.
 
     async with out:
         try:
@@ -140,11 +138,11 @@ async def read_stream(
     return rows
 
 
-async def _responses(api: StorageApi, stream: str, *, offset: int) -> AsyncIterator[Any]:
+async def _messages(api: StorageApi, stream: str, *, offset: int) -> AsyncIterator[bytes]:
     request = types.ReadRowsRequest.pb()(read_stream=stream, offset=offset)
     call = api.read_rows(request, metadata=routing(read_stream=stream))
     try:
-        async for response in call:
-            yield response
+        async for message in call:
+            yield message
     finally:
         call.cancel()

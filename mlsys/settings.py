@@ -37,9 +37,9 @@ class Settings(BaseSettings):
     storage_emulator_host: str | None = Field(None, description="http://host:port")
 
     read_streams: PositiveInt = Field(
-        default_factory=lambda: 2 * (os.cpu_count() or 1),
+        default_factory=lambda: max(2, os.cpu_count() or 1),
         le=1000,
-        description="Most read streams a run asks for",
+        description="Most read streams a run asks for; each holds up to three messages in memory",
     )
     chunk_rows: PositiveInt = Field(16_384, description="Rows a predict call gets, by default")
     append_request_bytes: Annotated[PositiveInt, Field(le=LARGEST_APPEND)] = Field(

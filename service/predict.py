@@ -341,6 +341,8 @@ async def predict_stream(
         async for batch in batches:
             for chunk in rechunker.push(batch):
                 await predict(chunk)
+                del chunk  # Or it would stay in memory until the next has come; so would its batch.
+            del batch
         for chunk in rechunker.rest():
             await predict(chunk)
 

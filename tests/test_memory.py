@@ -17,9 +17,6 @@ from tests.service.support import process_environment, request_for, service_proc
 SMALL, LARGE = 500_000, 5_000_000
 MIB = 2**20
 MARGIN = 64 * MIB
-# The local server's messages are of 4 to 6 MB where BigQuery's are of 1 MB, and what a stream holds
-# goes by the message. So few streams, or the small table would not fill them once.
-STREAMS = "2"
 FLOATS, INTEGERS = [f"f{number}" for number in range(7)], [f"i{number}" for number in range(3)]
 
 
@@ -46,7 +43,7 @@ def predicted(servers: LocalServers, cloud: Cloud, model: str, rows: int) -> dic
     """The result of a run over so many rows, by a service that has done nothing before."""
     output = cloud.new_table("scored")
     wanted = request_for(table_of(cloud, rows), output, model)
-    with service_process(process_environment(**servers.env, READ_STREAMS=STREAMS)) as process:
+    with service_process(process_environment(**servers.env)) as process:
         response = httpx2.get(f"{process.url}/predict", params=wanted, timeout=300)
     assert response.status_code == 200, response.text
     [told] = cloud.query(

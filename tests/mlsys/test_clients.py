@@ -186,6 +186,21 @@ async def test_without_credentials_it_is_said_how_to_get_them(
     assert str(tmp_path) not in str(raised.value)
 
 
+@pytest.mark.anyio
+async def test_credentials_without_a_project_ask_for_one(
+    anywhere: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = {"type": "authorized_user", "client_id": "a", "client_secret": "b", "refresh_token": "c"}
+    file = tmp_path / "own.json"
+    await anyio.Path(file).write_text(json.dumps(own))
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(file))
+    monkeypatch.setenv("NO_GCE_CHECK", "true")
+
+    with pytest.raises(AccessDenied, match="Set GCP_PROJECT_ID"):
+        async with open_clients(Settings(_env_file=None)):
+            pass
+
+
 def test_the_routing_header_names_the_resource() -> None:
     assert routing(write_stream="projects/p/streams/s") == (
         ("x-goog-request-params", "write_stream=projects/p/streams/s"),
