@@ -39,6 +39,8 @@ from service.problems import MEDIA_TYPE, add_handlers, problem_of, problem_respo
 from service.runs import Run, Runs
 
 EVENT_STREAM = "text/event-stream"
+# Nobody's mistake, so not among the errors of the log; the status is the one that nginx uses.
+CALLER_CLOSED = 499
 CALLER_GONE, SHUTTING_DOWN = "the caller went away", "this instance is shutting down"
 
 _log = structlog.get_logger(__name__)
@@ -196,6 +198,8 @@ async def _answer(run: Run, request: Request, settings: Settings, accept: str) -
         # A run that can't start is answered with its status; what follows comes as events.
         await (run.planned if streams else run.ended).wait()
         tasks.cancel_scope.cancel()
+    if run.ended_because == CALLER_GONE:
+        return Response(status_code=CALLER_CLOSED)  # For the log alone: nobody is there to read it.
     if run.error is not None:
         return problem_response(problem_of(run.error, run.id), run.error)
     if streams:

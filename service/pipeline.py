@@ -38,11 +38,12 @@ _COMMIT_SECONDS = 30
 
 @dataclass(frozen=True)
 class Job:
-    """A run that can start: its plan, and the model that fulfils it."""
+    """A run that can start: its plan, the model that fulfils it, and the rows it is to read."""
 
     plan: Plan
     model: Model
     predictor: Predictor
+    session: ReadSession
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,9 @@ async def prepare(
     cache: ModelCache,
     settings: Settings,
 ) -> Job:
-    """Finds the tables and the model and settles the plan. Nothing is read or written yet.
+    """Finds the tables and the model, settles the plan and opens the read session.
+
+    No row is read and nothing is written yet.
 
     Raises:
         NotFound, InvalidRequest, AccessDenied, Unavailable: tables and model, as the names say.
@@ -121,7 +124,16 @@ async def prepare(
         chunk_rows=settings.chunk_rows,
         now=now,
     )
-    return Job(plan, model, predictor)
+    session = await open_session(
+        clients.storage,
+        plan.input,
+        project=settings.gcp_project_id or plan.input.project,
+        columns=plan.columns.read,
+        where=plan.where,
+        max_streams=settings.read_streams,
+        retry_seconds=settings.retry_seconds,
+    )
+    return Job(plan, model, predictor, session)
 
 
 async def execute(
@@ -139,15 +151,6 @@ async def execute(
         progress: told the number of rows of each acknowledged append.
     """
     plan = job.plan
-    session = await open_session(
-        clients.storage,
-        plan.input,
-        project=settings.gcp_project_id or plan.input.project,
-        columns=plan.columns.read,
-        where=plan.where,
-        max_streams=settings.read_streams,
-        retry_seconds=settings.retry_seconds,
-    )
     if plan.creates_output:
         await create_table(
             clients.bigquery,
@@ -155,10 +158,10 @@ async def execute(
             plan.output_columns,
             retry_seconds=settings.retry_seconds,
         )
-    shards = await _create_shards(clients, session, plan, settings)
+    shards = await _create_shards(clients, job.session, plan, settings)
     _log.info("run started", rows=plan.rows, streams=len(shards), chunk_rows=plan.chunk_rows)
     counts = await _run_shards(
-        shards, session, job, clients=clients, settings=settings, limiter=limiter, progress=progress
+        shards, job, clients=clients, settings=settings, limiter=limiter, progress=progress
     )
     if shards:
         await _commit(clients, plan, shards, counts, settings)
@@ -186,7 +189,6 @@ async def _create_shards(
 
 async def _run_shards(
     shards: Sequence[Shard],
-    session: ReadSession,
     job: Job,
     *,
     clients: Clients,
@@ -199,7 +201,6 @@ async def _run_shards(
     async def run(shard: Shard) -> None:
         counts[shard.number] = await run_shard(
             shard,
-            session,
             job,
             clients=clients,
             settings=settings,
@@ -215,7 +216,6 @@ async def _run_shards(
 
 async def run_shard(
     shard: Shard,
-    session: ReadSession,
     job: Job,
     *,
     clients: Clients,
@@ -236,7 +236,7 @@ async def run_shard(
         nonlocal read
         read = await read_stream(
             clients.storage,
-            session,
+            job.session,
             shard.source,
             batches_in,
             retry_seconds=settings.retry_seconds,
@@ -255,7 +255,7 @@ async def run_shard(
             appended = await append_stream(
                 clients.storage,
                 shard.sink,
-                output_schema(job.plan, session.schema),
+                output_schema(job.plan, job.session.schema),
                 results_out,
                 limits=AppendLimits(
                     settings.append_request_bytes,

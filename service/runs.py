@@ -40,7 +40,7 @@ class Run:
         self._rows = 0
         self._clock = time.monotonic()
         self._scope = anyio.CancelScope()
-        self._ended_because = ""
+        self.ended_because = ""
 
     def plan(self, job: Job) -> None:
         """Takes note that the plan is settled and rows begin to move."""
@@ -69,7 +69,7 @@ class Run:
         if self.ended.is_set():
             return
         _log.info("run told to end", run_id=self.id, because=because)
-        self._ended_because = because
+        self.ended_because = because
         self._scope.cancel()
 
     async def carry_out(self, work: Callable[[Run], Awaitable[int]]) -> None:
@@ -80,7 +80,7 @@ class Run:
                 _log.info("run succeeded", **self.result.model_dump(include={"rows", "seconds"}))
             if self._scope.cancelled_caught:
                 self._fail(
-                    Unavailable(f"The run ended: {self._ended_because}. Nothing was written.")
+                    Unavailable(f"The run ended: {self.ended_because}. Nothing was written.")
                 )
         except Exception as error:
             self._fail(error)

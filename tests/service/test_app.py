@@ -223,15 +223,14 @@ def test_an_error_before_the_start_is_a_status(
     assert_nothing_appended(cloud, output)
 
 
-def test_a_filter_is_judged_when_the_run_has_begun(
+def test_a_filter_that_is_refused_is_a_problem_and_no_event(
     service: Client, cloud: Cloud, table: str, doubles: str
 ) -> None:
     output = cloud.new_table()
 
-    events = events_of(service, request_for(table, output, doubles, where="nope = 1"))
+    wanted = request_for(table, output, doubles, where="nope = 1")
 
-    assert events[-1][0] == "error"
-    assert_problem_body(events[-1][1], 400, "where")
+    assert_problem(service.get("/predict", params=wanted, headers=EVENTS), 400, "where")
     assert_nothing_appended(cloud, output)
 
 
@@ -286,6 +285,8 @@ def test_a_caller_who_goes_away_while_rows_are_predicted_ends_the_run(
         with abandoned(service, request_for(table, output, gate, run_id="gone"), accept):
             entered(gate)
         log.wait_for("run failed", run_id="gone", error="Unavailable")
+        if "event" not in accept:
+            log.wait_for("GET /predict 499", run_id="gone", level="info")
 
     # The model still has its rows, and yet there is room for the next run.
     assert service.predict(table, cloud.new_table(), doubles).status_code == 200
@@ -455,8 +456,7 @@ def test_health_is_answered_at_once_while_models_keep_the_machine_busy(
             f"\n/health beside {type(model).__name__}: median {median * 1000:.1f} ms, "
             f"95% {cuts[18] * 1000:.1f} ms, worst {worst * 1000:.1f} ms"
         )
-    # Milliseconds where the machine is free; a machine that others use too is slower.
-    assert median < 0.25
+    assert median < 0.05
     assert_nothing_appended(cloud, output)
 
 

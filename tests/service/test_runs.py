@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import anyio
+import pyarrow as pa
 import pytest
 
 from mlsys.errors import Conflict, NotFound, TooManyRuns, Unavailable
@@ -17,6 +18,7 @@ from mlsys.frame import FrameKind
 from mlsys.gcs import Blob
 from mlsys.metadata import ModelMetadata
 from mlsys.names import TableRef
+from mlsys.read import ReadSession
 from service.contract import PredictRequest
 from service.logs import configure_logging
 from service.model import Model
@@ -61,7 +63,8 @@ def job(rows: int | None) -> Job:
     )
     blob = Blob("mlsys-models-dev", "titanic-survival/v3/model.pkl", 7, 100, "")
     model = Model("titanic-survival", "v3", blob, None, ModelMetadata())
-    return Job(plan, model, Predictor(None, FrameKind.PANDAS, (), ()))
+    session = ReadSession(plan.input, pa.schema([]), ())
+    return Job(plan, model, Predictor(None, FrameKind.PANDAS, (), ()), session)
 
 
 async def carried_out(run: Run, work: Callable[[Run], Awaitable[int]]) -> Run:
