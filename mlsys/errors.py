@@ -8,6 +8,7 @@
     ├── TableMismatch        a table does not fit the model
     ├── TooManyRuns          this instance has its hands full
     ├── Unavailable          BigQuery, Cloud Storage or this instance can't answer now
+    │   └── Changed          an object is not what was looked up a moment ago
     ├── ModelError           the model is at fault
     │   ├── ModelUnusable    its file can't be loaded, or is no predictor
     │   └── ModelRaised      it raised on a row
@@ -65,6 +66,10 @@ class TooManyRuns(_TryAgain):
 
 class Unavailable(_TryAgain):
     """A service that is needed does not answer. Try again in `retry_after` seconds."""
+
+
+class Changed(Unavailable):
+    """What arrived is not the object that was looked up: damaged, or replaced meanwhile."""
 
 
 class ModelError(MlsysError):

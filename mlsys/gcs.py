@@ -24,7 +24,7 @@ from gcloud.aio.storage import Storage
 
 from mlsys.blocking import blocking
 from mlsys.clients import vendor_errors
-from mlsys.errors import InvalidRequest, NotFound, Unavailable
+from mlsys.errors import Changed, InvalidRequest, NotFound
 from mlsys.names import shown
 from mlsys.settings import Settings
 
@@ -39,10 +39,6 @@ _PAGE_OBJECTS = 1000
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 
-class Changed(Unavailable):
-    """What arrived is not the object that was looked up: damaged, or replaced meanwhile."""
-
-
 @dataclass(frozen=True)
 class Blob:
     """One generation of one object."""
@@ -55,6 +51,7 @@ class Blob:
     updated: datetime | None = None
     created: datetime | None = field(default=None, compare=False)
     uploader: str | None = field(default=None, compare=False)
+    encoding: str | None = field(default=None, compare=False)
 
     @classmethod
     def of(cls, resource: dict[str, Any]) -> Blob:
@@ -67,6 +64,7 @@ class Blob:
             updated=_time(resource.get("updated")),
             created=_time(resource.get("timeCreated")),
             uploader=_uploader(resource),
+            encoding=resource.get("contentEncoding"),
         )
 
 
@@ -97,8 +95,14 @@ async def read_blob(objects: Storage, blob: Blob) -> bytes:
     Raises:
         NotFound: the object is gone.
         Changed: what arrived is not what was looked up: damaged, or replaced meanwhile.
+        InvalidRequest: it is stored with a Content-Encoding, which is undone on the way.
         Unavailable: no answer.
     """
+    if blob.encoding:
+        raise InvalidRequest(
+            f"gs://{blob.bucket}/{blob.path} is stored with Content-Encoding {blob.encoding}, so "
+            "what arrives can't be checked. Upload it without."
+        )
     with vendor_errors(f"gs://{blob.bucket}/{blob.path}"):
         data = await objects.download(blob.bucket, blob.path, timeout=_TRANSFER_SECONDS)
     if crc32c(data) != blob.crc32c:

@@ -26,8 +26,8 @@ from pydantic import ValidationError
 from pydantic_core import from_json
 
 from mlsys.clients import Clients
-from mlsys.errors import InvalidRequest, NotFound, TableMismatch, Unavailable, redacted
-from mlsys.gcs import Blob, Changed, find_blob, list_blobs, read_blob
+from mlsys.errors import Changed, InvalidRequest, NotFound, TableMismatch, Unavailable, redacted
+from mlsys.gcs import Blob, find_blob, list_blobs, read_blob
 from mlsys.metadata import ModelMetadata
 from mlsys.names import (
     METADATA_FILE,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 from dataclasses import replace
@@ -16,10 +17,9 @@ from gcloud.aio.storage import Storage
 from sklearn.linear_model import LinearRegression
 
 from mlsys.clients import Clients, open_clients
-from mlsys.errors import AccessDenied, Conflict, InvalidRequest, NotFound, Unavailable
+from mlsys.errors import AccessDenied, Changed, Conflict, InvalidRequest, NotFound, Unavailable
 from mlsys.gcs import (
     Blob,
-    Changed,
     crc32c,
     find_blob,
     gcs_get,
@@ -117,6 +117,20 @@ async def test_an_object_that_was_replaced_meanwhile_is_not_taken_for_the_one_lo
     with pytest.raises(Changed, match="changed while it was read") as raised:
         await read_blob(objects, first)
     assert isinstance(raised.value, Unavailable)
+
+
+@pytest.mark.anyio
+async def test_an_object_that_is_decoded_on_its_way_is_refused_in_plain_words(
+    objects: Storage, cloud: Cloud
+) -> None:
+    path, said = cloud.name(), {"contentEncoding": "gzip"}
+    await objects.upload(
+        BUCKET, path, gzip.compress(b"text"), content_type="text/plain", metadata=said
+    )
+    blob = await find_blob(objects, BUCKET, path)
+
+    with pytest.raises(InvalidRequest, match="Content-Encoding gzip"):
+        await read_blob(objects, blob)
 
 
 @pytest.mark.anyio
