@@ -49,20 +49,30 @@ def train() -> Pipeline:
     from sklearn.ensemble import RandomForestClassifier
     from sklearn.impute import SimpleImputer
     from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import OneHotEncoder, StandardScaler
+    from sklearn.preprocessing import StandardScaler
 
     passengers = to_frame(sample("titanic_train"), FrameKind.PANDAS)
     numbers = make_pipeline(SimpleImputer(strategy="median"), StandardScaler())
-    categories = make_pipeline(
-        SimpleImputer(strategy="most_frequent"), OneHotEncoder(handle_unknown="ignore")
-    )
+    # One imputer a type: integers and strings in one would have none that fills in both.
     columns = make_column_transformer(
-        (numbers, ["Age", "SibSp", "Parch", "Fare"]), (categories, ["Pclass", "Sex", "Embarked"])
+        (numbers, ["Age", "SibSp", "Parch", "Fare"]),
+        (_categories(), ["Pclass"]),
+        (_categories(), ["Sex", "Embarked"]),
     )
     forest = RandomForestClassifier(n_estimators=200, min_samples_leaf=3, random_state=0)
     # The labels' own dtype is what the predictions have: plain integers, not nullable ones.
     return make_pipeline(columns, forest).fit(
         passengers[FEATURES], passengers["Survived"].astype("int64")
+    )
+
+
+def _categories() -> Pipeline:
+    from sklearn.impute import SimpleImputer
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import OneHotEncoder
+
+    return make_pipeline(
+        SimpleImputer(strategy="most_frequent"), OneHotEncoder(handle_unknown="ignore")
     )
 
 

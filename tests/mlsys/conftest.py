@@ -47,7 +47,7 @@ async def one_loop(anyio_backend: str) -> AsyncIterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def grpc_stays_open() -> Iterator[None]:
+async def grpc_stays_open(one_loop: None) -> AsyncIterator[None]:
     """Or closing the last channel of the process would wait, on its loop, for grpcio's thread."""
     grpc.aio.init_grpc_aio()
     yield

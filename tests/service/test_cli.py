@@ -222,7 +222,7 @@ def test_publish_refuses_a_version_that_exists(
     again = mlsys("publish", *arguments, **servers.env)
 
     assert again.returncode == 1
-    assert f"gs://mlsys-models-dev/{name}/v3/metadata.json exists already" in again.stderr
+    assert f"gs://mlsys-models-dev/{name}/v3/model.pkl exists" in again.stderr
 
 
 def test_local_runs_a_command_with_everything_up_and_ends_with_its_status() -> None:
