@@ -34,7 +34,7 @@ notebook: setup ## Open the notebooks in JupyterLab, with the servers and the se
 	@$(RUN) mlsys local -- jupyter lab notebooks
 
 test: setup ## Run the tests against local servers, and report coverage
-	@$(RUN) pytest --cov $(ARGS)
+	@$(RUN) pytest --cov --numprocesses 2 --dist worksteal $(ARGS)
 
 lint: setup ## Check style, imports and the lock file
 	@$(UV) lock --check --quiet

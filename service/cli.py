@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import threading
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -102,18 +103,21 @@ def local(
             with running_service(servers) as url:
                 environ = servers.environ() | {"MLSYS_URL": url}
                 raise typer.Exit(subprocess.run(command, env=environ, check=False).returncode)
+        told_to_stop = _on_signal()
         for name, value in servers.env.items():
             print(f"export {name}={value}", flush=True)
         _console.print("\nLoaded:", *tables, uri, sep="\n  ", highlight=False)
         _console.print("\nExport the settings above in another terminal. Ctrl-C stops the servers.")
-        _wait_for_signal()
+        told_to_stop.wait()
         _console.print("Stopping.")
 
 
-def _wait_for_signal() -> None:
-    stopping = {signal.SIGINT, signal.SIGTERM}
-    signal.pthread_sigmask(signal.SIG_BLOCK, stopping)
-    signal.sigwait(stopping)
+def _on_signal() -> threading.Event:
+    """An event that Ctrl-C and SIGTERM set from now on, instead of interrupting what runs."""
+    told = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: told.set())
+    return told
 
 
 @app.command()
