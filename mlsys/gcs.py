@@ -13,7 +13,7 @@ import base64
 import io
 import pickle
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -138,11 +138,13 @@ async def write_blob(
     content_type: str = "application/octet-stream",
     *,
     only_new: bool = False,
+    labels: Mapping[str, str] | None = None,
 ) -> Blob:
     """Stores `data` as a new generation of an object.
 
     Args:
         only_new: store it only where there is no such object yet.
+        labels: custom metadata of the object.
 
     Raises:
         Conflict: `only_new`, and there is one.
@@ -155,7 +157,7 @@ async def write_blob(
             data,
             content_type=content_type,
             # One request with metadata: the only kind whose condition the local server keeps.
-            metadata={"Content-Type": content_type},
+            metadata={"Content-Type": content_type, "metadata": dict(labels or {})},
             force_resumable_upload=False,
             parameters={"ifGenerationMatch": "0"} if only_new else None,
             timeout=_TRANSFER_SECONDS,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import hashlib
 import io
 import pickle
@@ -12,6 +13,8 @@ from datetime import UTC, datetime
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
+import anyio
+import anyio.to_thread
 import numpy as np
 import pyarrow as pa
 from gcloud.aio.storage import Storage
@@ -66,7 +69,7 @@ def publish_model(
     name: str,
     version: str = NEXT,
     *,
-    rows: pd.DataFrame | pl.DataFrame | pa.Table,
+    rows: pd.DataFrame | pl.DataFrame | pa.Table | None = None,
     target: str | Sequence[str] | None = None,
     id_columns: str | Sequence[str] | None = None,
     metrics: Mapping[str, float] | None = None,
@@ -82,7 +85,8 @@ def publish_model(
         version: `v1`, `v2`, … or `next`, the one after the highest there is.
         rows: a few rows of what the model was trained on, the features at least. They give the
             features' types; the first five, and the model's answers to them, go along as golden
-            rows, which the service asks the model again when it loads it.
+            rows, which the service asks the model again when it loads it. Without them the
+            metadata names the features alone, and nothing is asked again.
         target: the name of the prediction, or of each where there are several.
         id_columns: what the output table carries where the caller does not say.
         metrics: how good the model is.
@@ -101,12 +105,16 @@ def publish_model(
     if env not in set(Environment):
         raise InvalidRequest(f"env is {shown(str(env))}. Use one of {', '.join(Environment)}.")
     data = _pickled(model)
-    facts = _facts(model, rows) | {
-        "target": target if target is None or isinstance(target, str) else list(target),
-        "id_columns": _names(id_columns),
-        "metrics": None if metrics is None else {k: float(v) for k, v in metrics.items()},
-        "sha256": hashlib.sha256(data).hexdigest(),
-    }
+    facts = (
+        _known(model)
+        | ({} if rows is None else _seen(model, rows))
+        | {
+            "target": target if target is None or isinstance(target, str) else list(target),
+            "id_columns": _names(id_columns),
+            "metrics": None if metrics is None else {k: float(v) for k, v in metrics.items()},
+            "sha256": hashlib.sha256(data).hexdigest(),
+        }
+    )
     now = {"trained_at": datetime.now(UTC)}
     told = ModelMetadata.model_validate(now | dict(metadata or {}) | facts)
     text = told.model_dump_json(indent=2, exclude_none=True, fallback=without_numpy).encode()
@@ -143,19 +151,27 @@ def _pickled(model: Any) -> bytes:
     return file.getvalue()
 
 
-def _facts(model: Any, rows: Any) -> dict[str, Any]:
-    """What a model and rows of its features tell of it."""
+def _known(model: Any) -> dict[str, Any]:
+    """What a model by itself tells of it."""
     import sklearn
 
+    fitted = getattr(model, "feature_names_in_", None)
+    return {
+        "features": None if fitted is None else [str(name) for name in fitted],
+        "classes": _classes(model),
+        "sklearn_version": sklearn.__version__,
+        "python_version": platform.python_version(),
+    }
+
+
+def _seen(model: Any, rows: Any) -> dict[str, Any]:
+    """What rows of its features tell of a model."""
     fitted = getattr(model, "feature_names_in_", None)
     features = _feature_rows(rows, fitted)
     frame, golden = _golden(model, features.slice(0, _GOLDEN_ROWS), _frame_kinds(rows, fitted))
     return {
         "features": describe_features(features, _dtypes(rows, features.column_names)),
         "frame": str(frame),
-        "classes": _classes(model),
-        "sklearn_version": sklearn.__version__,
-        "python_version": platform.python_version(),
         "golden": golden,
     }
 
@@ -251,6 +267,7 @@ async def _write(
     text: bytes,
     metadata: ModelMetadata,
 ) -> PublishedModel:
+    uploader = await anyio.to_thread.run_sync(_uploader)
     # The metadata first: it claims the version, and the model is never there without it.
     await write_blob(
         objects,
@@ -261,5 +278,13 @@ async def _write(
         only_new=True,
     )
     path = artifact_path(name, version)
-    blob = await write_blob(objects, bucket, path, data, only_new=True)
+    blob = await write_blob(objects, bucket, path, data, only_new=True, labels=uploader)
     return PublishedModel(name, version, f"gs://{bucket}/{path}", blob.generation, metadata)
+
+
+def _uploader() -> dict[str, str]:
+    """Who publishes, for the registry: uniform buckets do not keep an object's owner."""
+    try:
+        return {"uploader": getpass.getuser()}
+    except (KeyError, OSError):  # A container may run as a number that has no name.
+        return {}

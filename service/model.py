@@ -6,6 +6,7 @@ for the environment, which only deployers and the data scientists' group may wri
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -176,7 +177,8 @@ async def load_estimator(objects: Storage, blob: Blob, metadata: ModelMetadata) 
     """Downloads and unpickles an estimator, and asks it the golden rows of its metadata again.
 
     Raises:
-        ModelUnusable: it can't be unpickled here, or answers otherwise than where it was trained.
+        ModelUnusable: it is another file than its metadata tells of, it can't be unpickled here,
+            or answers otherwise than where it was trained.
     """
     data = await read_blob(objects, blob)
     return await anyio.to_thread.run_sync(_unpickle, data, blob, metadata)
@@ -223,6 +225,11 @@ def _unpickle(data: bytes, blob: Blob, metadata: ModelMetadata) -> Any:
     import joblib
 
     uri = f"gs://{blob.bucket}/{blob.path}"
+    if metadata.sha256 not in (None, hashlib.sha256(data).hexdigest()):
+        raise ModelUnusable(
+            f"{uri} is not the file that its metadata.json was written for: the checksums differ. "
+            "Publish both again, as another version."
+        )
     try:
         # Reads what pickle.dump wrote as well as what joblib.dump did.
         estimator = joblib.load(io.BytesIO(data))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import getpass
 import hashlib
 import http.client
 import itertools
@@ -38,7 +39,7 @@ from sklearn.svm import LinearSVC
 
 from mlsys import Settings, bq_get, bq_put, gcs_get, gcs_list_blobs, publish_model
 from mlsys.errors import Conflict, InvalidRequest, MlsysError, NotFound, Unavailable
-from mlsys.frame import FrameKind
+from mlsys.frame import FrameKind, to_arrow
 from mlsys.local import LocalServers
 from mlsys.publish import PublishedModel
 from tests.conftest import Client, Cloud
@@ -126,6 +127,30 @@ def test_a_model_is_stored_with_all_that_is_known_of_it(settings: Settings, name
     assert published.version == "v1"
     assert published.uri == f"gs://{BUCKET}/{name}/v1/model.pkl"
     assert published.metadata.sha256 == metadata["sha256"]
+
+
+def test_the_registry_is_told_who_publishes(
+    service: Client, cloud: Cloud, settings: Settings, name: str, model: LinearRegression
+) -> None:
+    publish_model(model, name, rows=FEATURES, settings=settings)
+    table = service.get("/model-registry", params={"env": "dev"}).json()["table"]
+
+    [row] = cloud.query(f"SELECT uploader FROM `{table}` WHERE model_name = '{name}'")
+    assert row["uploader"] == getpass.getuser()
+
+
+def test_without_rows_a_model_is_stored_with_what_it_tells_of_itself(
+    service: Client, cloud: Cloud, settings: Settings, name: str, model: LinearRegression
+) -> None:
+    publish_model(model, name, metadata={"owner": "me"}, settings=settings)
+
+    _, metadata = stored(settings, name, "v1")
+    assert metadata["features"] == ["a", "b"]
+    assert metadata["owner"] == "me"
+    assert "golden" not in metadata
+    output = cloud.new_table()
+    assert service.predict(cloud.put(to_arrow(ROWS)), output, name).status_code == 200
+    assert [row["Prediction"] for row in cloud.rows(output, "id")] == pytest.approx(SUM)
 
 
 def test_a_time_of_training_that_was_before_may_be_told(

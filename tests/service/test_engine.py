@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import pickle
 from typing import Any
 
@@ -10,10 +12,13 @@ import pytest
 from sklearn.linear_model import LinearRegression
 
 from mlsys.frame import to_arrow
+from mlsys.gcs import gcs_get
 from mlsys.publish import publish_model
 from mlsys.settings import Settings
 from tests.conftest import Client, Cloud
+from tests.service.support import assert_problem
 
+BUCKET = "mlsys-models-dev"
 FRAME = pd.DataFrame({"x": [1.0, 2.0, 3.0, 4.0]})
 
 
@@ -23,6 +28,15 @@ def published(cloud: Cloud, settings: Settings) -> str:
         LinearRegression().fit(FRAME, FRAME["x"] * 2), name, rows=FRAME, settings=settings
     )
     return name
+
+
+def retrained(cloud: Cloud, settings: Settings, name: str, factor: float) -> None:
+    """Puts another model in the place of the published one; the golden rows stay as they are."""
+    data = pickle.dumps(LinearRegression().fit(FRAME, FRAME["x"] * factor))
+    metadata = json.loads(gcs_get(BUCKET, f"{name}/v1/metadata.json", settings=settings))
+    metadata["sha256"] = hashlib.sha256(data).hexdigest()
+    cloud.upload(f"{name}/v1/metadata.json", json.dumps(metadata).encode())
+    cloud.upload(f"{name}/v1/model.pkl", data)
 
 
 def registered(service: Client, cloud: Cloud, name: str) -> dict[str, Any]:
@@ -45,8 +59,7 @@ def test_a_model_that_answers_otherwise_is_registered_with_the_reason_and_refuse
     service: Client, cloud: Cloud, settings: Settings
 ) -> None:
     name = published(cloud, settings)
-    other = LinearRegression().fit(FRAME, FRAME["x"] * 3)
-    cloud.upload(f"{name}/v1/model.pkl", pickle.dumps(other))
+    retrained(cloud, settings, name, 3)
 
     row = registered(service, cloud, name)
     table = cloud.put(to_arrow(FRAME))
@@ -58,14 +71,26 @@ def test_a_model_that_answers_otherwise_is_registered_with_the_reason_and_refuse
     assert "4 of 4 predictions differ" in answer.json()["detail"]
 
 
+def test_a_model_that_its_metadata_was_not_written_for_is_not_unpickled(
+    service: Client, cloud: Cloud, settings: Settings
+) -> None:
+    name = published(cloud, settings)
+    cloud.upload(f"{name}/v1/model.pkl", b"cos\nsystem\n(S'exit 1'\ntR.")
+
+    row = registered(service, cloud, name)
+    answer = service.predict(cloud.put(to_arrow(FRAME)), cloud.new_table(), name)
+
+    assert row["verified"] is False
+    assert_problem(answer, 500, "checksums differ", "another version")
+
+
 def test_a_verdict_stays_until_the_object_changes(
     service: Client, cloud: Cloud, settings: Settings
 ) -> None:
     name = published(cloud, settings)
     first = registered(service, cloud, name)
     again = registered(service, cloud, name)
-    other = LinearRegression().fit(FRAME, FRAME["x"] * 5)
-    cloud.upload(f"{name}/v1/model.pkl", pickle.dumps(other))
+    retrained(cloud, settings, name, 5)
     changed = registered(service, cloud, name)
 
     assert first["verified"] is True
