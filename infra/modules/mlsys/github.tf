@@ -50,6 +50,13 @@ resource "google_service_account_iam_member" "deploy_github" {
   member             = "${local.github}/change"
 }
 
+# To see which revision serves, here and in the environment that images come from.
+resource "google_project_iam_member" "deploy" {
+  project = var.project_id
+  role    = "roles/run.viewer"
+  member  = google_service_account.deploy.member
+}
+
 # To put a revision in place that runs as the runtime account.
 resource "google_service_account_iam_member" "deploy_runtime" {
   service_account_id = google_service_account.runtime.name

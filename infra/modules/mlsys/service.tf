@@ -105,14 +105,3 @@ resource "google_cloud_run_v2_service_iam_member" "deploy" {
   role     = each.value
   member   = google_service_account.deploy.member
 }
-
-# To see which image the environment before this one runs.
-resource "google_cloud_run_v2_service_iam_member" "promotes_from" {
-  count = var.promotes_from == null ? 0 : 1
-
-  project  = var.project_id
-  location = var.region
-  name     = "mlsys-${var.promotes_from}"
-  role     = "roles/run.viewer"
-  member   = google_service_account.deploy.member
-}

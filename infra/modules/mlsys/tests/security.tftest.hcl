@@ -63,6 +63,7 @@ run "nobody_gets_in_without_a_name" {
         [for each in google_bigquery_dataset_iam_member.write : each.member],
         [google_artifact_registry_repository_iam_member.deploy.member],
         [for each in google_project_iam_member.runtime : each.member],
+        [google_project_iam_member.deploy.member],
         [for each in google_project_iam_member.plan : each.member],
         [for each in google_project_iam_member.terraform : each.member],
       ) : !can(regex("^(allUsers|allAuthenticatedUsers|domain:|projectEditor:|projectViewer:)", member))
@@ -128,7 +129,7 @@ run "the_service_may_do_what_it_needs_and_no_more" {
 
   assert {
     condition = alltrue([
-      for each in concat(values(google_project_iam_member.runtime), values(google_project_iam_member.plan), values(google_project_iam_member.terraform)) :
+      for each in concat([google_project_iam_member.deploy], values(google_project_iam_member.runtime), values(google_project_iam_member.plan), values(google_project_iam_member.terraform)) :
       !contains(["roles/owner", "roles/editor", "roles/viewer", "roles/iam.serviceAccountTokenCreator", "roles/iam.serviceAccountUser"], each.role)
     ])
     error_message = "An account has a basic role, or may act as every other account of the project."
