@@ -44,6 +44,7 @@ override_resource {
 
 override_resource {
   target = google_iam_workload_identity_pool.github
+  # pragma: allowlist nextline secret
   values = { name = "projects/123456789012/locations/global/workloadIdentityPools/mlsys-github-prod" }
 }
 
