@@ -15,9 +15,9 @@ RUN --mount=type=cache,target=/root/.cache/uv \
     --mount=type=bind,source=uv.lock,target=/app/uv.lock \
     uv sync --frozen --no-dev --no-install-project
 
-# 150 MB that nothing here loads: the packages' own tests, headers, and Arrow Flight.
+# 165 MB that nothing here loads: the packages' own tests, headers, and Arrow's Flight and S3.
 RUN find /app/.venv \( -name tests -type d -o -name include -type d -o -path '*/pyarrow/src' \
-    -o -name 'libarrow_flight.*' \) -prune -exec rm -r {} +
+    -o -name 'libarrow_flight.*' -o -name 'libarrow_s3.*' \) -prune -exec rm -r {} +
 
 
 FROM dependencies AS application

@@ -21,7 +21,9 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from mlsys.local import free_ports
+from mlsys.local import LocalServers, free_ports, sample
+from service.demo import train
+from tests.conftest import Cloud
 
 ROOT = Path(__file__).parents[2]
 MB = 10**6
@@ -166,6 +168,25 @@ def test_the_image_answers_with_an_empty_environment(
     with capsys.disabled():
         print(f"\nThe image answers /health after {seconds:.1f} s.")
     assert answer.json() == {"status": "ok"}
+
+
+def test_the_image_predicts_as_a_job(image: Build, servers: LocalServers, cloud: Cloud) -> None:
+    table = cloud.put(sample("titanic_test"))
+    model = cloud.publish(train(), id_columns=["PassengerId"])
+    output = cloud.new_table()
+    variables = image.env | servers.env
+    env = ["env", "-i", *(f"{name}={value}" for name, value in variables.items())]
+
+    done = subprocess.run(
+        [*env, "mlsys", "predict", table, output, f"--model={model}", "--json"],
+        cwd=image.here("/app"),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["rows"] == cloud.count(output) == 262
 
 
 def wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> httpx2.Response:
