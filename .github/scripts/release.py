@@ -64,7 +64,11 @@ class Release:
 
     def carry_out(self, image: str | None) -> None:
         """Raises smoke.Failed where the image does not work; what ran before then still does."""
-        image = image or self.gcloud.running_image(self.service)
+        running = self.gcloud.running_image(self.service)
+        if image is None and not DIGEST.fullmatch(running):
+            print(f"Nothing has been deployed yet: {self.service} runs {running}.")
+            return
+        image = image or running
         if not DIGEST.fullmatch(image):
             sys.exit(f"{image} has no digest: what it names may change.")
         before = self.gcloud.describe(self.service)

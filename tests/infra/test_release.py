@@ -160,6 +160,17 @@ def test_the_image_that_serves_can_be_asked_for(cloud: Cloud) -> None:
     assert cloud.release("--show").stdout == f"{OLD}\n"
 
 
+def test_the_sample_container_is_not_released(cloud: Cloud) -> None:
+    state = cloud.state | {"revisions": {"rev-1": "us-docker.pkg.dev/cloudrun/container/hello"}}
+    (cloud.place / "state.json").write_text(json.dumps(state))
+
+    done = cloud.release()
+
+    assert done.returncode == 0, done.stderr
+    assert "Nothing has been deployed yet" in done.stdout
+    assert cloud.state == state
+
+
 def test_an_image_without_a_digest_is_refused(cloud: Cloud) -> None:
     done = cloud.release("--image=repo/mlsys:latest")
 

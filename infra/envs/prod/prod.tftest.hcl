@@ -4,6 +4,11 @@ variables {
   project_id           = "my-project"
   region               = "us-central1"
   github_repository_id = "987654321"
+  access = {
+    data_scientists = "group:data-science@example.com"
+    invokers        = ["group:callers@example.com", "serviceAccount:scheduler@my-project.iam.gserviceaccount.com"]
+    read_datasets   = ["my-project.warehouse"]
+  }
 }
 
 run "prod_is_prod" {
