@@ -99,7 +99,8 @@ resource "google_project_iam_member" "terraform" {
   member  = google_service_account.terraform.member
 }
 
-# It may hand out on the project what this module hands out, and so can't make itself an owner.
+# It may hand out on the project what runs and who plans are given, and so can't make itself an owner.
+# A change of its own roles, above, is for an owner to apply.
 resource "google_project_iam_member" "terraform_iam" {
   project = var.project_id
   role    = "roles/resourcemanager.projectIamAdmin"
@@ -116,7 +117,9 @@ locals {
     "roles/artifactregistry.reader",
     "roles/bigquery.metadataViewer",
     "roles/iam.securityReviewer",
+    "roles/iam.serviceAccountViewer",
     "roles/iam.workloadIdentityPoolViewer",
+    "roles/logging.viewer",
     "roles/monitoring.viewer",
     "roles/run.viewer",
   ])
@@ -136,7 +139,7 @@ resource "google_service_account_iam_member" "plan_github" {
   member             = "${local.github}/plan"
 }
 
-# Metadata and policies: no rows, no models, no logs.
+# Metadata, policies and logs: no rows and no models.
 resource "google_project_iam_member" "plan" {
   for_each = local.plan_roles
 
@@ -154,4 +157,11 @@ resource "google_storage_bucket_iam_member" "state" {
   bucket = "mlsys-terraform-state-${var.env}"
   role   = each.value.role
   member = each.value.member
+}
+
+# The bucket's own settings, and the names of what is in it.
+resource "google_storage_bucket_iam_member" "runs_plan" {
+  bucket = google_storage_bucket.runs.name
+  role   = "roles/storage.legacyBucketReader"
+  member = google_service_account.plan.member
 }

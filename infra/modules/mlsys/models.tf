@@ -45,6 +45,8 @@ locals {
     "roles/storage.admin"         = ["projectOwner:${var.project_id}"]
     "roles/storage.objectUser"    = [google_service_account.deploy.member]
     "roles/storage.objectCreator" = compact([var.access.data_scientists])
+    # The bucket's own settings, and the names of what is in it.
+    "roles/storage.legacyBucketReader" = [google_service_account.plan.member]
     "roles/storage.objectViewer" = concat(
       [google_service_account.runtime.member], compact([var.access.data_scientists])
     )

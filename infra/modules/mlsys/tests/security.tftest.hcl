@@ -54,6 +54,7 @@ run "nobody_gets_in_without_a_name" {
       for member in concat(
         flatten([for binding in jsondecode(google_storage_bucket_iam_policy.models.policy_data).bindings : binding.members]),
         [google_storage_bucket_iam_member.runs_runtime.member],
+        [google_storage_bucket_iam_member.runs_plan.member],
         [for each in google_storage_bucket_iam_member.state : each.member],
         [for each in google_cloud_run_v2_service_iam_member.invokers : each.member],
         [for each in google_cloud_run_v2_service_iam_member.deploy : each.member],
@@ -86,10 +87,11 @@ run "models_are_written_by_few_and_nothing_is_lost" {
     condition = {
       for binding in jsondecode(google_storage_bucket_iam_policy.models.policy_data).bindings : binding.role => toset(binding.members)
       } == {
-      "roles/storage.admin"         = toset(["projectOwner:my-project"])
-      "roles/storage.objectUser"    = toset(["serviceAccount:deploy"])
-      "roles/storage.objectCreator" = toset(["group:data-science@example.com"])
-      "roles/storage.objectViewer"  = toset(["serviceAccount:runtime", "group:data-science@example.com"])
+      "roles/storage.admin"              = toset(["projectOwner:my-project"])
+      "roles/storage.objectUser"         = toset(["serviceAccount:deploy"])
+      "roles/storage.objectCreator"      = toset(["group:data-science@example.com"])
+      "roles/storage.legacyBucketReader" = toset(["serviceAccount:plan"])
+      "roles/storage.objectViewer"       = toset(["serviceAccount:runtime", "group:data-science@example.com"])
     }
     error_message = "Somebody else can write a model, and a pickle runs code with the service's rights."
   }
