@@ -139,7 +139,10 @@ def predict(
     model: Annotated[str, typer.Option(help="The model's name.")],
     version: Annotated[str, typer.Option(help="v1, v2, … or latest.")] = "latest",
     env: Env = Environment.DEV,
-    run_id: Annotated[str | None, typer.Option(help="Your name for this run.")] = None,
+    # The tries of a Cloud Run job have the execution's name in common, and nothing else.
+    run_id: Annotated[
+        str | None, typer.Option(help="Your name for this run.", envvar="CLOUD_RUN_EXECUTION")
+    ] = None,
     id_column: Annotated[
         list[str] | None, typer.Option(help="A column to carry to the output; repeatable.")
     ] = None,

@@ -14,6 +14,7 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -53,26 +54,14 @@ from mlsys.tables import (
 from mlsys.tasks import task_group
 from service.contract import RegisteredModel, RegistryCounts, RegistryScan, SkippedObject
 
-COLUMNS = (
-    SchemaField("model_name", "STRING", description="Such as titanic-survival"),
-    SchemaField("model_version", "INT64", description="3 for v3"),
-    SchemaField("environment", "STRING", description="dev, staging or prod"),
-    SchemaField("gcs_bucket", "STRING", description="Holds {model_name}/v{version}/model.pkl"),
-    SchemaField("file_size_bytes", "INT64", description="Of model.pkl"),
-    SchemaField("upload_timestamp", "TIMESTAMP", description="When this generation was stored"),
-    SchemaField("uploader", "STRING", description="As the object itself says, or its owner"),
-    SchemaField("registered_at", "TIMESTAMP", description="The last scan that found it"),
-    SchemaField("metadata", "STRING", description="metadata.json; NULL: none, or a broken one"),
-    SchemaField("generation", "INT64", description="Of model.pkl in Cloud Storage"),
-    SchemaField("crc32c", "STRING", description="Of model.pkl, in base64, by Cloud Storage"),
-    SchemaField("sha256", "STRING", description="Of model.pkl, as metadata.json says"),
-    SchemaField("sklearn_version", "STRING", description="That it was trained with"),
-    SchemaField("python_version", "STRING", description="That it was trained with"),
-    SchemaField("deleted_at", "TIMESTAMP", description="The first scan that missed it, else NULL"),
-    SchemaField("verified", "BOOL", description="Whether this generation passed; NULL: not asked"),
-    SchemaField("verification", "STRING", description="Why it did not pass"),
+COLUMNS = tuple(
+    SchemaField.from_api_repr(column)
+    for column in json.loads(Path(__file__).with_name("registry_schema.json").read_bytes())
 )
-"""The registry table. Columns are only ever added, at the end."""
+"""The registry table: one file for this code and for Terraform, which makes the table.
+
+Columns are only ever added, at the end.
+"""
 
 _KEY = ("environment", "model_name", "model_version")
 _VERDICT = ("verified", "verification")

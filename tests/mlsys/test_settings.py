@@ -39,6 +39,7 @@ def test_without_any_setting_the_names_are_those_of_the_project() -> None:
 def test_the_environment_goes_before_the_file(
     empty_place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # pragma: allowlist nextline secret
     (empty_place / ".env").write_text("GCP_PROJECT_ID=of-the-file\nCHUNK_ROWS=7\n")
     monkeypatch.setenv("GCP_PROJECT_ID", "of-the-environment")
     settings = Settings()

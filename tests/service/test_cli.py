@@ -172,6 +172,24 @@ def test_predict_needs_no_service(
     assert cloud.count(output) == 10
 
 
+def test_the_tries_of_a_cloud_run_job_are_one_run(
+    servers: LocalServers, cloud: Cloud, scored: tuple[str, str]
+) -> None:
+    execution = {"CLOUD_RUN_EXECUTION": "mlsys-predict-dev-x7k2p"}
+
+    done = mlsys(
+        "predict",
+        scored[0],
+        cloud.new_table(),
+        f"--model={scored[1]}",
+        "--json",
+        **servers.env,
+        **execution,
+    )
+
+    assert json.loads(done.stdout)["run_id"] == execution["CLOUD_RUN_EXECUTION"]
+
+
 def test_predict_without_a_service_fails_like_one_with_it(
     servers: LocalServers, cloud: Cloud, scored: tuple[str, str]
 ) -> None:

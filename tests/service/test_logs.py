@@ -18,7 +18,8 @@ from starlette.testclient import TestClient
 
 from service.logs import RequestLog, configure_logging
 
-TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"  # pragma: allowlist secret
+SPAN = "00f067aa0ba902b7"
 NAMED = {
     "logging.googleapis.com/trace": f"projects/my-project/traces/{TRACE}",
     "logging.googleapis.com/spanId": SPAN,

@@ -27,7 +27,7 @@ from tests.service.support import (
     service_process,
 )
 
-TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
+TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"  # pragma: allowlist secret
 # What Cloud Run gives a container between SIGTERM and SIGKILL.
 GRACE = 10
 
