@@ -4,9 +4,9 @@ UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
 RUN := $(UV) run --locked --no-sync
 PORT ?= 8080
 
-# Terraform without its registry: a stand-in for the Google provider, that serves its schema. Where
-# that is not there, the terraform on PATH is used, which downloads the provider.
-TERRAFORM_TOOLS ?= ../shared/tools/terraform
+# Where a stand-in for the Google provider is, which serves its schema without Terraform's registry.
+# Empty: the terraform on PATH is used, which downloads the provider.
+TERRAFORM_TOOLS ?=
 TERRAFORM_ROOTS ?= infra/modules/mlsys $(wildcard infra/envs/*)
 
 # Compiled as they are installed, so that nobody waits for it later.
@@ -68,7 +68,7 @@ lint-image: setup
 
 terraform: terraform-format terraform-static terraform-test ## Check the infrastructure, without a cloud account
 
-ifneq ($(wildcard $(TERRAFORM_TOOLS)),)
+ifneq ($(TERRAFORM_TOOLS),)
 SCHEMA := --schema $(TERRAFORM_TOOLS)/google-schema.json.gz
 TOOL := $(UV) run --quiet --no-project
 
