@@ -24,7 +24,7 @@ from gcloud.aio.storage import Storage
 
 from mlsys.blocking import blocking
 from mlsys.clients import vendor_errors
-from mlsys.errors import Changed, InvalidRequest, NotFound
+from mlsys.errors import Changed, Conflict, InvalidRequest, NotFound
 from mlsys.names import shown
 from mlsys.settings import Settings
 
@@ -155,6 +155,9 @@ async def write_blob(
 ) -> Blob:
     """Stores `data` as a new generation of an object.
 
+    With `if_generation` the answer may be lost and the write not, and then it is refused when it
+    is tried again. So a refusal counts as success where the same bytes are there.
+
     Args:
         if_generation: store it only in the place of that generation; 0: only where there is no
             such object yet.
@@ -164,18 +167,25 @@ async def write_blob(
         Conflict: it has another generation.
         NotFound, AccessDenied, Unavailable: as the names say.
     """
-    with vendor_errors(f"gs://{bucket}/{path}"):
-        resource = await objects.upload(
-            bucket,
-            path,
-            data,
-            content_type=content_type,
-            # One request with metadata: the only kind whose condition the local server keeps.
-            metadata={"Content-Type": content_type, "metadata": dict(labels or {})},
-            force_resumable_upload=False,
-            parameters=None if if_generation is None else {"ifGenerationMatch": str(if_generation)},
-            timeout=_TRANSFER_SECONDS,
-        )
+    condition = None if if_generation is None else {"ifGenerationMatch": str(if_generation)}
+    try:
+        with vendor_errors(f"gs://{bucket}/{path}"):
+            resource = await objects.upload(
+                bucket,
+                path,
+                data,
+                content_type=content_type,
+                # One request with metadata: the only kind whose condition the local server keeps.
+                metadata={"Content-Type": content_type, "metadata": dict(labels or {})},
+                force_resumable_upload=False,
+                parameters=condition,
+                timeout=_TRANSFER_SECONDS,
+            )
+    except Conflict:
+        there = await find_blob(objects, bucket, path)
+        if there is None or there.crc32c != crc32c(data):
+            raise
+        return there
     return Blob.of(resource)
 
 

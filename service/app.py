@@ -136,6 +136,10 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
         503: "BigQuery or Cloud Storage is not available: try again after `Retry-After` seconds",
     }.items()
 }
+_READ_PROBLEMS: dict[int | str, dict[str, Any]] = {
+    **{status: _PROBLEMS[status] for status in (400, 403, 404, 503)},
+    "default": {"description": "Any other problem", "content": _PROBLEMS[503]["content"]},
+}
 _PREDICT: dict[str, Any] = {
     "response_model": PredictResult,
     "tags": ["predict"],
@@ -188,7 +192,7 @@ def add_routes(app: FastAPI) -> None:
         "/runs/{run_id}",
         summary="How is a run?",
         tags=["runs"],
-        responses={status: _PROBLEMS[status] for status in (400, 403, 404, 503)},
+        responses=_READ_PROBLEMS,
     )
     async def run(
         run_id: Annotated[str, Path(pattern=RUN_ID_PATTERN)],
@@ -204,13 +208,11 @@ def add_routes(app: FastAPI) -> None:
         "/runs",
         summary="The latest runs",
         tags=["runs"],
-        responses={status: _PROBLEMS[status] for status in (400, 403, 404, 503)},
+        responses=_READ_PROBLEMS,
     )
     async def runs(engine: CurrentEngine, wanted: Annotated[RunsRequest, Query()]) -> RunPage:
         """Newest first, a page at a time."""
-        return await engine.list_runs(
-            wanted.env, state=wanted.state, before=wanted.page, most=wanted.limit
-        )
+        return await engine.list_runs(wanted)
 
     @app.get(
         "/model-registry",

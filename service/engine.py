@@ -23,7 +23,7 @@ from service.contract import (
     RegistryScan,
     RunInfo,
     RunPage,
-    RunState,
+    RunsRequest,
 )
 from service.journal import Journal, Pins, RunRecord
 from service.model import ModelCache, load_estimator
@@ -139,12 +139,12 @@ class Engine:
                 return entry.record.info()
         raise NotFound(f"There is no run {shown(run_id)}. Runs are kept for a limited time.")
 
-    async def list_runs(
-        self, env: Environment, *, state: RunState | None, before: str | None, most: int
-    ) -> RunPage:
-        """Runs of an environment, newest first; see `Journal.runs`."""
-        [journal] = await self._journals(env)
-        runs, next_page = await journal.runs(state=state, before=before, most=most)
+    async def list_runs(self, wanted: RunsRequest) -> RunPage:
+        """Runs of an environment, newest first."""
+        [journal] = await self._journals(wanted.env)
+        runs, next_page = await journal.runs(
+            state=wanted.state, before=wanted.page, most=wanted.limit
+        )
         return RunPage(runs=runs, next_page=next_page)
 
     async def _journals(self, env: Environment | None) -> list[Journal]:
@@ -299,6 +299,18 @@ async def predict_here(
         if run.error is not None:
             raise run.error
         return run.result
+
+
+async def runs_here(settings: Settings, wanted: RunsRequest) -> RunPage:
+    """The runs of an environment, from its journal."""
+    async with open_engine(settings) as engine:
+        return await engine.list_runs(wanted)
+
+
+async def run_here(settings: Settings, run_id: str, env: Environment) -> RunInfo:
+    """One run, from its journal; raises NotFound where there is none."""
+    async with open_engine(settings) as engine:
+        return await engine.find_run(run_id, env)
 
 
 async def register_here(settings: Settings, env: Environment) -> RegistryScan:

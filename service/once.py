@@ -212,30 +212,39 @@ async def _replace(store: Store, record: RunRecord, generation: int) -> Entry:
 
 async def _carry_on(store: Store, work: Work, claimed: Entry, lease: Lease) -> PredictResult | None:
     """From a claimed record to its result; None: its streams are gone, and it may begin anew."""
-    async with _held(store, work, claimed, lease) as owner:
-        if owner.record.state is RunState.RUNNING:
-            try:
-                streams, rows = await work.append()
-            except BaseException as error:
-                await owner.last_words(state=RunState.FAILED, error=work.problem(error))
-                raise
-            # The fence: whoever was taken over meanwhile gets no further.
-            await owner.write(state=RunState.PREPARED, streams=streams, rows=rows)
-        try:
-            committed = await work.commit(owner.record)
-        except BaseException:
-            await owner.last_words()
-            raise
-        if not committed:
-            await owner.write(state=RunState.FAILED, streams=(), rows=None)
-            return None
-        result = work.result(owner.record)
-        try:
-            await owner.write(state=RunState.COMMITTED, result=result)
-        except MlsysError as error:
-            # The rows are there. Whoever asks next finds that out again.
-            _log.warning("result not journalled", detail=str(error))
-        return result
+    with anyio.CancelScope() as scope:
+        async with _held(store, work, claimed, lease) as owner:
+            if owner.record.state is RunState.RUNNING:
+                try:
+                    streams, rows = await work.append()
+                except BaseException as error:
+                    await owner.last_words(state=RunState.FAILED, error=work.problem(error))
+                    raise
+                # From here on it is seen through, also when the caller goes away.
+                scope.shield = True
+                # The fence: whoever was taken over meanwhile gets no further.
+                await owner.write(state=RunState.PREPARED, streams=streams, rows=rows)
+            scope.shield = True
+            return await _commit(work, owner)
+    raise AssertionError("nobody cancels this scope")
+
+
+async def _commit(work: Work, owner: _Owner) -> PredictResult | None:
+    try:
+        committed = await work.commit(owner.record)
+    except BaseException:
+        await owner.last_words()
+        raise
+    if not committed:
+        await owner.write(state=RunState.FAILED, streams=(), rows=None)
+        return None
+    result = work.result(owner.record)
+    try:
+        await owner.write(state=RunState.COMMITTED, result=result)
+    except MlsysError as error:
+        # The rows are there. Whoever asks next finds that out again.
+        _log.warning("result not journalled", detail=str(error))
+    return result
 
 
 class _Owner:
