@@ -25,6 +25,8 @@ from mlsys.errors import (
     AccessDenied,
     IntegrityError,
     InvalidRequest,
+    NotCommitted,
+    NotFound,
     TableMismatch,
     Unavailable,
 )
@@ -336,7 +338,7 @@ async def commit_streams(
     A lost answer is asked for again: streams that were committed already are a success.
 
     Raises:
-        IntegrityError: BigQuery did not commit.
+        NotCommitted: BigQuery did not commit.
         Unavailable: no answer; whether it committed is not known.
     """
     request = types.BatchCommitWriteStreamsRequest.pb()(
@@ -350,6 +352,11 @@ async def commit_streams(
                 ),
                 seconds=retry_seconds,
             )
+    except NotFound as error:
+        raise NotCommitted(
+            "BigQuery does not know the streams of the rows any more. Nothing was written.",
+            gone=True,
+        ) from error
     except Unavailable as error:
         raise Unavailable(
             f"BigQuery did not say whether it committed the rows to {table}. Look for them there "
@@ -361,7 +368,10 @@ async def commit_streams(
     codes = {error.code for error in response.stream_errors}
     if codes != {_ERROR.STREAM_ALREADY_COMMITTED}:
         names = ", ".join(sorted(map(_error_name, codes))) or "no reason given"
-        raise IntegrityError(f"BigQuery did not commit the rows ({names}). Nothing was written.")
+        raise NotCommitted(
+            f"BigQuery did not commit the rows ({names}). Nothing was written.",
+            gone=_ERROR.STREAM_NOT_FOUND in codes,
+        )
 
 
 def _error_name(code: int) -> str:

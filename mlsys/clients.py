@@ -23,6 +23,7 @@ from google.auth import exceptions as auth_exceptions
 from google.cloud.bigquery_storage_v1 import types
 
 from mlsys import errors
+from mlsys.retry import retrying
 from mlsys.settings import Settings
 
 if TYPE_CHECKING:
@@ -182,11 +183,44 @@ def _channel(settings: Settings, credentials: Credentials) -> grpc.aio.Channel:
     )
 
 
+class _Objects(Storage):
+    """Cloud Storage, each call tried again for as long as `retry_seconds` where that may help.
+
+    A write whose answer was lost is made twice: see `mlsys.gcs.write_blob`.
+    """
+
+    def __init__(self, retry_seconds: float, **options: Any) -> None:
+        super().__init__(**options)
+        self._seconds = retry_seconds
+
+    async def download_metadata(self, *args: Any, **options: Any) -> Any:
+        call = super().download_metadata
+        return await retrying(lambda: call(*args, **options), seconds=self._seconds)
+
+    async def list_objects(self, *args: Any, **options: Any) -> Any:
+        call = super().list_objects
+        return await retrying(lambda: call(*args, **options), seconds=self._seconds)
+
+    async def upload(self, *args: Any, **options: Any) -> Any:
+        call = super().upload
+        return await retrying(lambda: call(*args, **options), seconds=self._seconds)
+
+    async def _download(self, *args: Any, **options: Any) -> Any:
+        call = super()._download
+        return await retrying(lambda: call(*args, **options), seconds=self._seconds)
+
+
 @asynccontextmanager
 async def _objects(settings: Settings, session: aiohttp.ClientSession) -> AsyncIterator[Storage]:
     host = settings.storage_emulator_host
     async with Token(session=session, scopes=SCOPES) as token:
-        yield Storage(session=session, token=token, api_root=host, api_is_dev=bool(host))
+        yield _Objects(
+            settings.retry_seconds,
+            session=session,
+            token=token,
+            api_root=host,
+            api_is_dev=bool(host),
+        )
 
 
 _BY_STATUS = {

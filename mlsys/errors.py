@@ -4,7 +4,10 @@
     ├── InvalidRequest       a name or a parameter is malformed
     ├── AccessDenied         the credentials, or this deployment, may not do it
     ├── NotFound             no such table, bucket, model or version
-    ├── Conflict             the run is under way, or the id is taken
+    ├── Conflict             what was asked for is there already
+    │   └── UnderWay         somebody works on the run
+    │       └── TakenOver    somebody else goes on with it
+    ├── RunMismatch          the run id stands for other parameters
     ├── TableMismatch        a table does not fit the model
     ├── TooManyRuns          this instance has its hands full
     ├── Unavailable          BigQuery, Cloud Storage or this instance can't answer now
@@ -13,6 +16,7 @@
     │   ├── ModelUnusable    its file can't be loaded, or is no predictor
     │   └── ModelRaised      it raised on a row
     └── IntegrityError       rows in, rows sent and rows stored are not the same number
+        └── NotCommitted     BigQuery refused to commit
 
 No HTTP here: the service maps each class to a status. The messages are written for the person
 who called: what is wrong and what mends it, never a row, a token or a path of the server.
@@ -46,18 +50,30 @@ class NotFound(MlsysError):
     """No such table, bucket, object, model or version."""
 
 
-class Conflict(MlsysError):
-    """What was asked for is already under way, or already there."""
-
-
 class TableMismatch(MlsysError):
     """A table's columns don't fit the model, or the output table can't take the result."""
+
+
+class RunMismatch(MlsysError):
+    """A run id was used with other parameters before."""
 
 
 class _TryAgain(MlsysError):
     def __init__(self, message: str, *, retry_after: float = 5, **members: object) -> None:
         super().__init__(message, **members)
         self.retry_after = retry_after
+
+
+class Conflict(MlsysError):
+    """What was asked for is already there."""
+
+
+class UnderWay(Conflict, _TryAgain):
+    """Somebody works on the run. Ask again in `retry_after` seconds."""
+
+
+class TakenOver(UnderWay):
+    """The run was taken for dead, and somebody else goes on with it."""
 
 
 class TooManyRuns(_TryAgain):
@@ -85,7 +101,15 @@ class ModelRaised(ModelError):
 
 
 class IntegrityError(MlsysError):
-    """The numbers of rows read, sent and stored differ; nothing was committed."""
+    """The numbers of rows read, sent and stored differ."""
+
+
+class NotCommitted(IntegrityError):
+    """BigQuery answered that it did not commit; `gone` where that is because streams are gone."""
+
+    def __init__(self, message: str, *, gone: bool = False, **members: object) -> None:
+        super().__init__(message, **members)
+        self.gone = gone
 
 
 def redacted(message: str, values: Iterable[object] = ()) -> str:

@@ -24,7 +24,7 @@ from gcloud.aio.storage import Storage
 
 from mlsys.blocking import blocking
 from mlsys.clients import vendor_errors
-from mlsys.errors import Changed, InvalidRequest, NotFound
+from mlsys.errors import Changed, Conflict, InvalidRequest, NotFound
 from mlsys.names import shown
 from mlsys.settings import Settings
 
@@ -52,6 +52,7 @@ class Blob:
     created: datetime | None = field(default=None, compare=False)
     uploader: str | None = field(default=None, compare=False)
     encoding: str | None = field(default=None, compare=False)
+    labels: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @classmethod
     def of(cls, resource: dict[str, Any]) -> Blob:
@@ -65,6 +66,7 @@ class Blob:
             created=_time(resource.get("timeCreated")),
             uploader=_uploader(resource),
             encoding=resource.get("contentEncoding"),
+            labels=resource.get("metadata") or {},
         )
 
 
@@ -89,11 +91,14 @@ async def find_blob(objects: Storage, bucket: str, path: str) -> Blob | None:
             raise
 
 
-async def read_blob(objects: Storage, blob: Blob) -> bytes:
+async def read_blob(objects: Storage, blob: Blob, *, pinned: bool = False) -> bytes:
     """Downloads an object and checks that it is the generation that was looked up.
 
+    Args:
+        pinned: ask for that generation, which a versioned bucket has though it was replaced.
+
     Raises:
-        NotFound: the object is gone.
+        NotFound: the object, or that generation of it, is gone.
         Changed: what arrived is not what was looked up: damaged, or replaced meanwhile.
         InvalidRequest: it is stored with a Content-Encoding, which is undone on the way.
         Unavailable: no answer.
@@ -104,12 +109,20 @@ async def read_blob(objects: Storage, blob: Blob) -> bytes:
             "what arrives can't be checked. Upload it without."
         )
     with vendor_errors(f"gs://{blob.bucket}/{blob.path}"):
-        data = await objects.download(blob.bucket, blob.path, timeout=_TRANSFER_SECONDS)
+        data = await _download(objects, blob, pinned)
     if crc32c(data) != blob.crc32c:
         raise Changed(
             f"gs://{blob.bucket}/{blob.path} changed while it was read. Try again.", retry_after=1
         )
     return data
+
+
+async def _download(objects: Storage, blob: Blob, pinned: bool) -> bytes:
+    if not pinned:
+        return await objects.download(blob.bucket, blob.path, timeout=_TRANSFER_SECONDS)
+    # The client's public call takes no generation.
+    params = {"alt": "media", "generation": str(blob.generation)}
+    return await objects._download(blob.bucket, blob.path, params=params, timeout=_TRANSFER_SECONDS)
 
 
 def crc32c(data: bytes) -> str:
@@ -137,31 +150,42 @@ async def write_blob(
     data: bytes,
     content_type: str = "application/octet-stream",
     *,
-    only_new: bool = False,
+    if_generation: int | None = None,
     labels: Mapping[str, str] | None = None,
 ) -> Blob:
     """Stores `data` as a new generation of an object.
 
+    With `if_generation` the answer may be lost and the write not, and then it is refused when it
+    is tried again. So a refusal counts as success where the same bytes are there.
+
     Args:
-        only_new: store it only where there is no such object yet.
+        if_generation: store it only in the place of that generation; 0: only where there is no
+            such object yet.
         labels: custom metadata of the object.
 
     Raises:
-        Conflict: `only_new`, and there is one.
+        Conflict: it has another generation.
         NotFound, AccessDenied, Unavailable: as the names say.
     """
-    with vendor_errors(f"gs://{bucket}/{path}"):
-        resource = await objects.upload(
-            bucket,
-            path,
-            data,
-            content_type=content_type,
-            # One request with metadata: the only kind whose condition the local server keeps.
-            metadata={"Content-Type": content_type, "metadata": dict(labels or {})},
-            force_resumable_upload=False,
-            parameters={"ifGenerationMatch": "0"} if only_new else None,
-            timeout=_TRANSFER_SECONDS,
-        )
+    condition = None if if_generation is None else {"ifGenerationMatch": str(if_generation)}
+    try:
+        with vendor_errors(f"gs://{bucket}/{path}"):
+            resource = await objects.upload(
+                bucket,
+                path,
+                data,
+                content_type=content_type,
+                # One request with metadata: the only kind whose condition the local server keeps.
+                metadata={"Content-Type": content_type, "metadata": dict(labels or {})},
+                force_resumable_upload=False,
+                parameters=condition,
+                timeout=_TRANSFER_SECONDS,
+            )
+    except Conflict:
+        there = await find_blob(objects, bucket, path)
+        if there is None or there.crc32c != crc32c(data):
+            raise
+        return there
     return Blob.of(resource)
 
 

@@ -189,9 +189,10 @@ async def load_samples(settings: Settings) -> list[TableRef]:
 
 
 async def make_places(clients: Clients, settings: Settings) -> None:
-    """Makes the model buckets and the datasets of every environment."""
+    """Makes the buckets and the datasets of every environment."""
     for env in Environment:
         await _make_bucket(clients, settings.model_bucket(env))
+        await _make_bucket(clients, settings.runs_bucket(env))
         await anyio.to_thread.run_sync(
             lambda env=env: clients.bigquery.create_dataset(
                 f"{PROJECT}.mlsys_{env}", exists_ok=True

@@ -275,10 +275,10 @@ async def _write(
         artifact_path(name, version, METADATA_FILE),
         text,
         "application/json",
-        only_new=True,
+        if_generation=0,
     )
     path = artifact_path(name, version)
-    blob = await write_blob(objects, bucket, path, data, only_new=True, labels=uploader)
+    blob = await write_blob(objects, bucket, path, data, if_generation=0, labels=uploader)
     return PublishedModel(name, version, f"gs://{bucket}/{path}", blob.generation, metadata)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
+import aiohttp
 import anyio
 import grpc
 import stamina
@@ -22,6 +23,10 @@ _TRANSIENT = {
     grpc.StatusCode.DEADLINE_EXCEEDED,
 }
 
+# https://cloud.google.com/storage/docs/retry-strategy
+_TRANSIENT_STATUS = {408, 429, 500, 502, 503, 504}
+_LOST = (ConnectionError, TimeoutError, aiohttp.ClientConnectionError, aiohttp.ClientPayloadError)
+
 # What grpcio says where a write to a call fails as the call ends, instead of the server's status.
 OVERWRITTEN = "Internal error from Core"
 
@@ -33,11 +38,14 @@ def transient(error: BaseException) -> bool | float:
 
     INTERNAL passes only where it is HTTP/2 that broke (RST_STREAM, GOAWAY), or where grpcio could
     not write to a call that had ended and hides why: otherwise it is the server's word that
-    something is wrong. RESOURCE_EXHAUSTED passes only where the server says when (RetryInfo):
+    something is wrong. Over HTTP, 429 and 5xx pass, after the time that Retry-After says.
+    RESOURCE_EXHAUSTED passes only where the server says when (RetryInfo):
     without it, a quota is used up.
     """
-    if isinstance(error, ConnectionError):
+    if isinstance(error, _LOST):
         return True
+    if isinstance(error, aiohttp.ClientResponseError):
+        return error.status in _TRANSIENT_STATUS and (_retry_after(error) or True)
     if not isinstance(error, grpc.aio.AioRpcError):
         return False
     if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
@@ -47,6 +55,11 @@ def transient(error: BaseException) -> bool | float:
         details = (error.details() or "").upper()
         return any(word in details for word in _BROKEN)
     return error.code() in _TRANSIENT
+
+
+def _retry_after(error: aiohttp.ClientResponseError) -> float | None:
+    told = (error.headers or {}).get("Retry-After", "")
+    return float(told) if told.isdecimal() else None
 
 
 def _retry_info(error: grpc.aio.AioRpcError) -> float | None:

@@ -32,6 +32,10 @@ class Settings(BaseSettings):
     gcs_bucket_models_staging: str = "mlsys-models-staging"
     gcs_bucket_models_prod: str = "mlsys-models-prod"
 
+    gcs_bucket_runs_dev: str = "mlsys-runs-dev"
+    gcs_bucket_runs_staging: str = "mlsys-runs-staging"
+    gcs_bucket_runs_prod: str = "mlsys-runs-prod"
+
     bigquery_emulator_host: str | None = Field(None, description="http://host:port")
     bigquery_storage_emulator_host: str | None = Field(None, description="host:port, gRPC")
     storage_emulator_host: str | None = Field(None, description="http://host:port")
@@ -55,6 +59,9 @@ class Settings(BaseSettings):
         256 * MIB, description="Size of the artifacts that are kept unpickled"
     )
     max_runs: PositiveInt = Field(2, description="Runs at once; further ones are answered 429")
+    lease_seconds: PositiveFloat = Field(
+        30, description="How long a run that tells nothing of itself is taken to be alive"
+    )
     retry_seconds: PositiveFloat = Field(
         60, description="How long a call that makes no progress is tried again"
     )
@@ -63,3 +70,7 @@ class Settings(BaseSettings):
     def model_bucket(self, env: Environment) -> str:
         """The one bucket that models of `env` are loaded from."""
         return getattr(self, f"gcs_bucket_models_{env}")
+
+    def runs_bucket(self, env: Environment) -> str:
+        """Where the journal of the runs of `env` is."""
+        return getattr(self, f"gcs_bucket_runs_{env}")

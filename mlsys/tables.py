@@ -146,6 +146,25 @@ async def run_statement(
         )
 
 
+async def count_rows(
+    client: bigquery.Client,
+    ref: TableRef,
+    column: str,
+    at: datetime,
+    *,
+    retry_seconds: float = 60,
+) -> int:
+    """The number of rows whose TIMESTAMP `column` is `at`, to the microsecond."""
+    [row] = await run_statement(
+        client,
+        ref,
+        f"SELECT COUNT(*) AS found FROM `{ref}` WHERE {column} = @moment",
+        [ScalarQueryParameter("moment", "TIMESTAMP", at)],
+        retry_seconds=retry_seconds,
+    )
+    return row["found"]
+
+
 def _run(
     client: bigquery.Client, config: QueryJobConfig, sql: str, *, retry: Retry, timeout: float
 ) -> list[Row]:

@@ -17,21 +17,27 @@ from typing import Annotated, Any
 
 import anyio
 import structlog
-from fastapi import Depends, FastAPI, Header, Query, Request
+from fastapi import Depends, FastAPI, Header, Path, Query, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.sse import format_sse_event
 from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
+from mlsys.names import Environment
 from mlsys.settings import Settings
 from service.contract import (
+    RUN_ID_PATTERN,
     About,
     Health,
     PredictRequest,
     PredictResult,
     Problem,
+    ProgressEvent,
     RegistryRequest,
     RegistryScan,
+    RunInfo,
+    RunPage,
+    RunsRequest,
 )
 from service.engine import Engine, open_engine
 from service.logs import RequestLog, configure_logging
@@ -39,6 +45,7 @@ from service.problems import MEDIA_TYPE, add_handlers, problem_of, problem_respo
 from service.runs import Run, Runs
 
 EVENT_STREAM = "text/event-stream"
+RESPOND_ASYNC = "respond-async"
 # Nobody's mistake, so not among the errors of the log; the status is the one that nginx uses.
 CALLER_CLOSED = 499
 CALLER_GONE, SHUTTING_DOWN = "the caller went away", "this instance is shutting down"
@@ -108,6 +115,9 @@ def _engine(request: Request) -> Engine:
 
 CurrentEngine = Annotated[Engine, Depends(_engine)]
 Accept = Annotated[str, Header(description=f"`{EVENT_STREAM}` for progress as it happens")]
+Prefer = Annotated[
+    str, Header(description=f"`{RESPOND_ASYNC}` for 202 at once, and the run at `Location`")
+]
 
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
     # Not as a `model`, which would be documented as plain application/json.
@@ -126,6 +136,10 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
         503: "BigQuery or Cloud Storage is not available: try again after `Retry-After` seconds",
     }.items()
 }
+_READ_PROBLEMS: dict[int | str, dict[str, Any]] = {
+    **{status: _PROBLEMS[status] for status in (400, 403, 404, 503)},
+    "default": {"description": "Any other problem", "content": _PROBLEMS[503]["content"]},
+}
 _PREDICT: dict[str, Any] = {
     "response_model": PredictResult,
     "tags": ["predict"],
@@ -134,6 +148,10 @@ _PREDICT: dict[str, Any] = {
             "description": "Every row is predicted and appended. As an event stream: `progress` "
             "events, then one `result` or `error`.",
             "content": {EVENT_STREAM: {"schema": {"type": "string"}}},
+        },
+        202: {
+            "model": ProgressEvent,
+            "description": "The run has begun; `Location` tells how it is",
         },
         **_PROBLEMS,
     },
@@ -149,20 +167,52 @@ def add_routes(app: FastAPI) -> None:
         wanted: Annotated[PredictRequest, Query()],
         engine: CurrentEngine,
         accept: Accept = "*/*",
+        prefer: Prefer = "",
     ) -> Response:
         """Reads the input table, predicts it chunk by chunk, appends the result: all or nothing.
 
-        The call lasts as long as the run. Where the caller goes away the run ends, and nothing is
-        appended.
+        The call lasts as long as the run, unless `Prefer` asks for an answer at once. Where the
+        caller goes away the run ends, and nothing is appended. With a `run_id` the call may be
+        repeated, also while it is not known how it ended: it never writes twice.
         """
-        return await _answer(engine.start(wanted), request, engine.settings, accept)
+        return await _answer(engine.start(wanted), request, engine.settings, accept, prefer)
 
     @app.post("/predict", summary="Predict a table, asked for in JSON", **_PREDICT)
     async def predict_json(
-        request: Request, wanted: PredictRequest, engine: CurrentEngine, accept: Accept = "*/*"
+        request: Request,
+        wanted: PredictRequest,
+        engine: CurrentEngine,
+        accept: Accept = "*/*",
+        prefer: Prefer = "",
     ) -> Response:
         """The same as `GET /predict`, with the parameters as a JSON object."""
-        return await _answer(engine.start(wanted), request, engine.settings, accept)
+        return await _answer(engine.start(wanted), request, engine.settings, accept, prefer)
+
+    @app.get(
+        "/runs/{run_id}",
+        summary="How is a run?",
+        tags=["runs"],
+        responses=_READ_PROBLEMS,
+    )
+    async def run(
+        run_id: Annotated[str, Path(pattern=RUN_ID_PATTERN)],
+        engine: CurrentEngine,
+        env: Annotated[
+            Environment | None, Query(description="Whose; by default this deployment's")
+        ] = None,
+    ) -> RunInfo:
+        """Its state, its progress, and its result or its error."""
+        return await engine.find_run(run_id, env)
+
+    @app.get(
+        "/runs",
+        summary="The latest runs",
+        tags=["runs"],
+        responses=_READ_PROBLEMS,
+    )
+    async def runs(engine: CurrentEngine, wanted: Annotated[RunsRequest, Query()]) -> RunPage:
+        """Newest first, a page at a time."""
+        return await engine.list_runs(wanted)
 
     @app.get(
         "/model-registry",
@@ -191,20 +241,33 @@ def add_routes(app: FastAPI) -> None:
         return About(version=app.version, documentation=app.docs_url or "")
 
 
-async def _answer(run: Run, request: Request, settings: Settings, accept: str) -> Response:
-    streams = EVENT_STREAM in accept
+async def _answer(
+    run: Run, request: Request, settings: Settings, accept: str, prefer: str
+) -> Response:
+    streams, at_once = EVENT_STREAM in accept, RESPOND_ASYNC in prefer
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(_end_when_gone, run, request)
         # A run that can't start is answered with its status; what follows comes as events.
-        await (run.planned if streams else run.ended).wait()
+        await (run.begun if streams or at_once else run.ended).wait()
         tasks.cancel_scope.cancel()
     if run.ended_because == CALLER_GONE:
         return Response(status_code=CALLER_CLOSED)  # For the log alone: nobody is there to read it.
     if run.error is not None:
         return problem_response(problem_of(run.error, run.id), run.error)
+    if at_once and run.result is None:
+        return _accepted(run)
     if streams:
         return RunEvents(run, settings.progress_seconds)
     return JSONResponse(run.result.model_dump(mode="json"))
+
+
+def _accepted(run: Run) -> Response:
+    """The run goes on by itself; its journal tells how."""
+    return JSONResponse(
+        run.progress().model_dump(mode="json"),
+        status_code=202,
+        headers={"Location": f"/runs/{run.id}", "Preference-Applied": RESPOND_ASYNC},
+    )
 
 
 async def _end_when_gone(run: Run, request: Request) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +18,7 @@ from rich.table import Table
 
 from mlsys.errors import MlsysError
 from mlsys.names import Environment
+from service.contract import RunInfo, RunState
 
 app = typer.Typer(
     name="mlsys",
@@ -179,6 +180,51 @@ def predict(
         else:
             result = _here("predict_here", wanted, progress)
     _answer(result, result.message, as_json)
+
+
+@app.command()
+@_plain_errors
+def runs(
+    run_id: Annotated[str | None, typer.Argument(help="This one; by default the latest.")] = None,
+    env: Env = Environment.DEV,
+    state: Annotated[RunState | None, typer.Option(help="Only those in this state.")] = None,
+    limit: Annotated[int, typer.Option(help="How many.")] = 20,
+    url: Url = None,
+    token: Token = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the latest runs, or one with its result or its error."""
+    from service import client
+    from service.contract import RunPage, RunsRequest
+
+    if run_id is not None:
+        here = url is None
+        one = _here("run_here", run_id, env) if here else client.run(url, run_id, env, token=token)
+        page = RunPage(runs=[one])
+    else:
+        wanted = RunsRequest(env=env, state=state, limit=limit)
+        page = _here("runs_here", wanted) if url is None else client.runs(url, wanted, token=token)
+    if as_json:
+        print(page.model_dump_json())
+        return
+    Console().print(_runs_table(page.runs))
+    for each in page.runs if run_id else ():
+        if each.error is not None:
+            _console.print(f"[red]✗[/] {escape(each.error.detail)}", highlight=False)
+
+
+def _runs_table(found: Sequence[RunInfo]) -> Table:
+    table = Table("Run", "State", "Model", "Output", "Rows", "Started")
+    for each in found:
+        table.add_row(
+            each.run_id,
+            each.state,
+            f"{each.request.model_name} {each.model_version}",
+            each.request.output_table,
+            f"{each.result.rows if each.result else each.rows_done:,}",
+            f"{each.started_at:%Y-%m-%d %H:%M:%S}",
+        )
+    return table
 
 
 def _here(function: str, *arguments: Any) -> Any:

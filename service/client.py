@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import httpx2
 
@@ -14,13 +15,16 @@ from service.contract import (
     Problem,
     ProgressEvent,
     RegistryScan,
+    RunInfo,
+    RunPage,
+    RunsRequest,
 )
 
 # A run may take the whole hour that Cloud Run gives a request. Once it has started, progress comes
 # every half second; before that, a cold instance has to start and a large model to be loaded.
 _TIMEOUT = httpx2.Timeout(600, connect=30)
-_SCAN_SECONDS = 300
-_TRY_AGAIN = {429, 503}
+_ANSWER_SECONDS = 300
+_TRY_AGAIN = {409, 429, 503}
 
 
 class Refused(MlsysError):
@@ -60,15 +64,30 @@ def predict(
 
 def register(url: str, env: Environment, *, token: str | None = None) -> RegistryScan:
     """Has the service at `url` scan the model bucket of `env`; raises as `predict` does."""
+    return RegistryScan.model_validate(_get(url, "/model-registry", {"env": str(env)}, token))
+
+
+def runs(url: str, wanted: RunsRequest, *, token: str | None = None) -> RunPage:
+    """The runs of an environment, as the service at `url` tells; raises as `predict` does."""
+    return RunPage.model_validate(_get(url, "/runs", wanted.model_dump(mode="json"), token))
+
+
+def run(url: str, run_id: str, env: Environment, *, token: str | None = None) -> RunInfo:
+    """One run, as the service at `url` tells; raises as `predict` does."""
+    return RunInfo.model_validate(_get(url, f"/runs/{run_id}", {"env": str(env)}, token))
+
+
+def _get(url: str, path: str, parameters: dict[str, Any], token: str | None) -> Any:
     headers = {"Authorization": f"Bearer {token}"} if token else {}
+    given = {name: value for name, value in parameters.items() if value is not None}
     try:
-        with httpx2.Client(timeout=_SCAN_SECONDS, headers=headers) as client:
-            response = client.get(f"{url.rstrip('/')}/model-registry", params={"env": str(env)})
+        with httpx2.Client(timeout=_ANSWER_SECONDS, headers=headers) as client:
+            response = client.get(f"{url.rstrip('/')}{path}", params=given)
     except httpx2.HTTPError as error:
         raise Unavailable(f"No answer from {url} ({type(error).__name__}). Is it up?") from error
     if response.status_code != 200:
         raise Refused(_problem(response))
-    return RegistryScan.model_validate_json(response.content)
+    return response.json()
 
 
 def _follow(

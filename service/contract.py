@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from datetime import datetime
+from enum import StrEnum
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -128,6 +129,68 @@ class ProgressEvent(BaseModel):
     seconds_left: float | None
 
 
+class Problem(BaseModel):
+    """An error, as RFC 9457 lays it out. Some kinds carry further members."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str = Field(examples=["urn:mlsys:table-mismatch"])
+    title: str = Field(examples=["The table does not fit"])
+    status: int = Field(examples=[422])
+    detail: str = Field(description="What is wrong and what mends it")
+    instance: str | None = Field(None, description="The run, where there is one")
+
+
+class RunState(StrEnum):
+    """How far a run is known to have come."""
+
+    RUNNING = "running"
+    PREPARED = "prepared"
+    COMMITTED = "committed"
+    FAILED = "failed"
+
+
+class RunInfo(BaseModel):
+    """A run as its journal tells of it."""
+
+    model_config = ConfigDict(frozen=True, protected_namespaces=())
+
+    run_id: str
+    state: RunState = Field(
+        description="`prepared`: every row is stored, and not known yet to be visible"
+    )
+    request: PredictRequest
+    model_version: str
+    model_generation: int
+    started_at: datetime = Field(description="Of its latest attempt")
+    updated_at: datetime
+    attempts: int
+    rows_done: int
+    rows_total: int | None = None
+    result: PredictResult | None = None
+    error: Problem | None = None
+
+
+class RunsRequest(BaseModel):
+    """Which runs to show."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    env: Annotated[Environment, Field(description="Whose runs", examples=["dev"])]
+    state: RunState | None = None
+    page: str | None = Field(None, max_length=200, description="`next_page` of the page before")
+    limit: int = Field(20, ge=1, le=100)
+
+
+class RunPage(BaseModel):
+    """Some runs, newest first."""
+
+    model_config = ConfigDict(frozen=True)
+
+    runs: list[RunInfo]
+    next_page: str | None = Field(None, description="The `page` that follows; none: the last one")
+
+
 class RegistryRequest(BaseModel):
     """Which bucket to scan."""
 
@@ -181,18 +244,6 @@ class RegistryScan(BaseModel):
     skipped: list[SkippedObject]
     counts: RegistryCounts
     seconds: float
-
-
-class Problem(BaseModel):
-    """An error, as RFC 9457 lays it out. Some kinds carry further members."""
-
-    model_config = ConfigDict(extra="allow")
-
-    type: str = Field(examples=["urn:mlsys:table-mismatch"])
-    title: str = Field(examples=["The table does not fit"])
-    status: int = Field(examples=[422])
-    detail: str = Field(description="What is wrong and what mends it")
-    instance: str | None = Field(None, description="The run, where there is one")
 
 
 class Health(BaseModel):

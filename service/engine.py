@@ -10,15 +10,28 @@ import anyio
 import structlog
 
 from mlsys.clients import Clients, open_clients
-from mlsys.errors import AccessDenied, MlsysError, ModelUnusable
-from mlsys.names import Environment
+from mlsys.errors import AccessDenied, MlsysError, ModelUnusable, NotFound, Unavailable
+from mlsys.names import Environment, TableRef, shown
 from mlsys.settings import Settings
 from mlsys.tasks import task_group
-from service.contract import PredictRequest, PredictResult, ProgressEvent, RegistryScan
+from service.contract import (
+    ModelUsed,
+    PredictRequest,
+    PredictResult,
+    Problem,
+    ProgressEvent,
+    RegistryScan,
+    RunInfo,
+    RunPage,
+    RunsRequest,
+)
+from service.journal import Journal, Pins, RunRecord
 from service.model import ModelCache, load_estimator
-from service.pipeline import execute, prepare
+from service.once import Lease, write_once
+from service.pipeline import Job, append, commit, prepare
+from service.problems import problem_of
 from service.registry import FoundModel, scan
-from service.runs import Run, Runs
+from service.runs import Run, Runs, peak_memory_bytes
 
 _log = structlog.get_logger(__name__)
 
@@ -30,7 +43,7 @@ class Engine:
         self.settings = settings
         self.runs = runs
         self.models = models
-        self._limiter = anyio.CapacityLimiter(settings.predict_threads)
+        self.limiter = anyio.CapacityLimiter(settings.predict_threads)
         self._open = AsyncExitStack()
         self._opening = anyio.Lock()
         self._clients: Clients | None = None
@@ -85,7 +98,7 @@ class Engine:
 
         Raises:
             AccessDenied: see `check_env`.
-            Conflict, TooManyRuns: see `Runs.start`.
+            UnderWay, TooManyRuns: see `Runs.start`.
         """
         self.check_env(request.env)
         return self.runs.start(request, self._work)
@@ -112,24 +125,146 @@ class Engine:
 
         return await scan(clients, self.settings, env, verify)
 
-    async def _work(self, run: Run) -> int:
+    async def find_run(self, run_id: str, env: Environment | None) -> RunInfo:
+        """A run as its journal tells of it.
+
+        Args:
+            env: whose run; None: this deployment's, or where it answers for all, any.
+
+        Raises:
+            NotFound: there is no such run.
+        """
+        for journal in await self._journals(env):
+            if (entry := await journal.read(run_id)) is not None:
+                return entry.record.info()
+        raise NotFound(f"There is no run {shown(run_id)}. Runs are kept for a limited time.")
+
+    async def list_runs(self, wanted: RunsRequest) -> RunPage:
+        """Runs of an environment, newest first."""
+        [journal] = await self._journals(wanted.env)
+        runs, next_page = await journal.runs(
+            state=wanted.state, before=wanted.page, most=wanted.limit
+        )
+        return RunPage(runs=runs, next_page=next_page)
+
+    async def _journals(self, env: Environment | None) -> list[Journal]:
+        own = env or self.settings.mlsys_env
+        if own is not None:
+            self.check_env(own)
         clients = await self.clients()
-        job = await prepare(
+        wanted = [own] if own else list(Environment)
+        return [Journal(clients.objects, self.settings.runs_bucket(each)) for each in wanted]
+
+    async def _work(self, run: Run) -> PredictResult:
+        clients = await self.clients()
+        return await write_once(
+            Journal(clients.objects, self.settings.runs_bucket(run.request.env)),
+            _Prediction(self, clients, run),
             run.request,
-            run_id=run.id,
+            run.id,
+            Lease(self.settings.lease_seconds, _SystemClock()),
+        )
+
+
+class _SystemClock:
+    """The clock of this machine."""
+
+    def now(self) -> datetime:
+        return datetime.now(UTC)
+
+    async def sleep(self, seconds: float) -> None:
+        await anyio.sleep(seconds)
+
+
+class _Prediction:
+    """A prediction as the protocol sees it: the `Work` of `write_once`."""
+
+    def __init__(self, engine: Engine, clients: Clients, run: Run) -> None:
+        self._engine = engine
+        self._clients = clients
+        self._run = run
+        self._job: Job | None = None
+
+    async def plan(self, pins: Pins | None) -> Pins:
+        job = await prepare(
+            self._run.request,
+            run_id=self._run.id,
             now=datetime.now(UTC),
-            clients=clients,
-            cache=self.models,
-            settings=self.settings,
+            pins=pins,
+            clients=self._clients,
+            cache=self._engine.models,
+            settings=self._engine.settings,
         )
-        run.plan(job)
-        return await execute(
-            job,
-            clients=clients,
-            settings=self.settings,
-            limiter=self._limiter,
-            progress=run.advance,
+        self._job = job
+        self._run.rows_total = job.plan.rows
+        return pins or Pins(
+            predicted_at=job.plan.predicted_at,
+            snapshot_time=datetime.now(UTC),
+            model_version=job.model.version,
+            model=job.model.blob,
         )
+
+    def begun(self, record: RunRecord) -> None:
+        self._run.begin(record.rows_total)
+
+    async def append(self) -> tuple[tuple[str, ...], int]:
+        return await append(
+            self._job,
+            clients=self._clients,
+            settings=self._engine.settings,
+            limiter=self._engine.limiter,
+            progress=self._run.advance,
+        )
+
+    async def commit(self, record: RunRecord) -> bool:
+        try:
+            return await commit(
+                self._clients,
+                self._engine.settings,
+                TableRef.parse(record.request.output_table),
+                record.streams,
+                rows=record.rows,
+                predicted_at=record.pins.predicted_at,
+            )
+        except Unavailable as error:
+            raise Unavailable(
+                "BigQuery did not say whether it committed the rows. Ask again with "
+                f"run_id={record.run_id}: that finds out, and never writes them twice.",
+                run_id=record.run_id,
+            ) from error
+
+    def progress(self) -> tuple[int, int | None]:
+        return self._run.rows_done, self._run.rows_total
+
+    def result(self, record: RunRecord) -> PredictResult:
+        request, pins = record.request, record.pins
+        now = datetime.now(UTC)
+        seconds = (now - record.started_at).total_seconds()
+        return PredictResult(
+            message=f"{record.rows:,} rows predicted by {request.model_name} "
+            f"{pins.model_version} and appended to {request.output_table}.",
+            run_id=record.run_id,
+            rows=record.rows,
+            input_table=request.input_table,
+            output_table=request.output_table,
+            model=ModelUsed(
+                name=request.model_name,
+                version=pins.model_version,
+                uri=f"gs://{pins.model.bucket}/{pins.model.path}",
+                generation=pins.model.generation,
+            ),
+            started_at=record.started_at,
+            ended_at=now,
+            seconds=round(seconds, 3),
+            rows_per_second=round(record.rows / max(seconds, 1e-3), 1),
+            peak_memory_bytes=peak_memory_bytes(),
+        )
+
+    def problem(self, error: BaseException) -> Problem:
+        if isinstance(error, Exception):
+            return problem_of(error, self._run.id)
+        ended = Unavailable(f"The run ended: {self._run.ended_because}. Nothing was written.")
+        return problem_of(ended, self._run.id)
 
 
 @asynccontextmanager
@@ -164,6 +299,18 @@ async def predict_here(
         if run.error is not None:
             raise run.error
         return run.result
+
+
+async def runs_here(settings: Settings, wanted: RunsRequest) -> RunPage:
+    """The runs of an environment, from its journal."""
+    async with open_engine(settings) as engine:
+        return await engine.list_runs(wanted)
+
+
+async def run_here(settings: Settings, run_id: str, env: Environment) -> RunInfo:
+    """One run, from its journal; raises NotFound where there is none."""
+    async with open_engine(settings) as engine:
+        return await engine.find_run(run_id, env)
 
 
 async def register_here(settings: Settings, env: Environment) -> RegistryScan:

@@ -139,12 +139,19 @@ class ModelCache:
 
 
 async def load_model(
-    objects: Storage, cache: ModelCache, *, bucket: str, name: str, version: str
+    objects: Storage,
+    cache: ModelCache,
+    *,
+    bucket: str,
+    name: str,
+    version: str,
+    pinned: Blob | None = None,
 ) -> Model:
     """Finds a model and loads it, unless the cache has that generation of it.
 
     Args:
         version: `v3`, or `latest` for the highest that has a model.pkl.
+        pinned: the generation of that version to load; None: the one that is there now.
 
     Raises:
         NotFound: there is no such model or version; those there are, are named.
@@ -155,7 +162,7 @@ async def load_model(
     found: dict[str, Any] = {}
 
     async def find() -> None:
-        found["blob"] = await find_blob(objects, bucket, artifact_path(name, version))
+        found["blob"] = pinned or await find_blob(objects, bucket, artifact_path(name, version))
 
     async def read_metadata() -> None:
         found["metadata"] = await _metadata(objects, bucket, name, version)
@@ -167,20 +174,22 @@ async def load_model(
         raise NotFound(await _missing(objects, bucket, name, version))
 
     async def load(blob: Blob) -> Any:
-        return await load_estimator(objects, blob, found["metadata"])
+        return await load_estimator(objects, blob, found["metadata"], pinned=pinned is not None)
 
     estimator = await cache.get(found["blob"], load)
     return Model(name, version, found["blob"], estimator, found["metadata"])
 
 
-async def load_estimator(objects: Storage, blob: Blob, metadata: ModelMetadata) -> Any:
+async def load_estimator(
+    objects: Storage, blob: Blob, metadata: ModelMetadata, *, pinned: bool = False
+) -> Any:
     """Downloads and unpickles an estimator, and asks it the golden rows of its metadata again.
 
     Raises:
         ModelUnusable: it is another file than its metadata tells of, it can't be unpickled here,
             or answers otherwise than where it was trained.
     """
-    data = await read_blob(objects, blob)
+    data = await read_blob(objects, blob, pinned=pinned)
     return await anyio.to_thread.run_sync(_unpickle, data, blob, metadata)
 
 

@@ -19,13 +19,14 @@ import structlog
 
 from mlsys.append import AppendLimits, append_stream, commit_streams, create_stream, finalize_stream
 from mlsys.clients import Clients
-from mlsys.errors import IntegrityError, InvalidRequest, NotFound
+from mlsys.errors import IntegrityError, InvalidRequest, NotCommitted, NotFound, Unavailable
 from mlsys.names import TableRef
 from mlsys.read import ReadSession, open_session, read_stream
 from mlsys.settings import Settings
-from mlsys.tables import TableInfo, check_dataset, create_table, find_table
+from mlsys.tables import TableInfo, check_dataset, count_rows, create_table, find_table
 from mlsys.tasks import task_group
 from service.contract import PredictRequest
+from service.journal import Pins
 from service.model import Model, ModelCache, load_model
 from service.plan import Plan, choose_columns, make_plan, output_schema
 from service.predict import Predictor, describe, predict_stream
@@ -60,6 +61,7 @@ async def prepare(
     *,
     run_id: str,
     now: datetime,
+    pins: Pins | None,
     clients: Clients,
     cache: ModelCache,
     settings: Settings,
@@ -67,6 +69,10 @@ async def prepare(
     """Finds the tables and the model, settles the plan and opens the read session.
 
     No row is read and nothing is written yet.
+
+    Args:
+        now: the timestamp of the rows, where no pins set it.
+        pins: what an earlier attempt of the run has settled.
 
     Raises:
         NotFound, InvalidRequest, AccessDenied, Unavailable: tables and model, as the names say.
@@ -99,7 +105,8 @@ async def prepare(
         cache,
         bucket=settings.model_bucket(request.env),
         name=request.model_name,
-        version=request.model_version,
+        version=pins.model_version if pins else request.model_version,
+        pinned=pins.model if pins else None,
     )
     needs = model.needs()
     columns = choose_columns(table, needs, request.id_columns)
@@ -122,7 +129,7 @@ async def prepare(
         outputs=predictor.outputs,
         model_version=model.version,
         chunk_rows=settings.chunk_rows,
-        now=now,
+        now=pins.predicted_at if pins else now,
     )
     session = await open_session(
         clients.storage,
@@ -131,24 +138,29 @@ async def prepare(
         columns=plan.columns.read,
         where=plan.where,
         max_streams=settings.read_streams,
+        # The first attempt sees the table as it is: its pin is of this machine's clock.
+        snapshot_time=pins.snapshot_time if pins else None,
         retry_seconds=settings.retry_seconds,
     )
     return Job(plan, model, predictor, session)
 
 
-async def execute(
+async def append(
     job: Job,
     *,
     clients: Clients,
     settings: Settings,
     limiter: anyio.CapacityLimiter,
     progress: Callable[[int], None],
-) -> int:
-    """Carries a job out and returns the number of rows appended: all, or an error and none.
+) -> tuple[tuple[str, ...], int]:
+    """Predicts every row into pending streams, which nobody sees.
 
     Args:
         limiter: bounds the predict calls at once over all runs of the process.
         progress: told the number of rows of each acknowledged append.
+
+    Returns:
+        The streams, finalized; and the number of rows in them: all there are.
     """
     plan = job.plan
     if plan.creates_output:
@@ -163,9 +175,54 @@ async def execute(
     counts = await _run_shards(
         shards, job, clients=clients, settings=settings, limiter=limiter, progress=progress
     )
-    if shards:
-        await _commit(clients, plan, shards, counts, settings)
-    return sum(counts)
+    await _finalize(clients, shards, counts, settings)
+    return tuple(shard.sink for shard in shards), sum(counts)
+
+
+async def commit(
+    clients: Clients,
+    settings: Settings,
+    output: TableRef,
+    streams: Sequence[str],
+    *,
+    rows: int,
+    predicted_at: datetime,
+) -> bool:
+    """Makes the rows of finalized streams visible, or finds that they are.
+
+    A refusal does not tell whether an earlier call had committed them. The output table does: the
+    rows of a run are those with its timestamp.
+
+    Returns:
+        False: the streams are gone, and none of the rows are there.
+
+    Raises:
+        Unavailable: it is not known whether they are; ask again.
+        IntegrityError: some are there and some are not; or BigQuery refuses to commit.
+    """
+    if not streams:
+        return True
+    try:
+        await _commit(clients, settings, output, streams)
+    except NotCommitted as refusal:
+        there = await count_rows(
+            clients.bigquery,
+            output,
+            "PredictionTimestamp",
+            predicted_at,
+            retry_seconds=settings.retry_seconds,
+        )
+        if there == rows:
+            return True
+        if there:
+            raise IntegrityError(
+                f"{output} has {there:,} of the run's {rows:,} rows. Compare those whose "
+                f"PredictionTimestamp is {predicted_at.isoformat()} with the input table."
+            ) from refusal
+        if not refusal.gone:
+            raise
+        return False
+    return True
 
 
 async def _create_shards(
@@ -271,8 +328,8 @@ async def run_shard(
     return appended
 
 
-async def _commit(
-    clients: Clients, plan: Plan, shards: Sequence[Shard], counts: Sequence[int], settings: Settings
+async def _finalize(
+    clients: Clients, shards: Sequence[Shard], counts: Sequence[int], settings: Settings
 ) -> None:
     async def finalize(shard: Shard) -> None:
         stored = await finalize_stream(
@@ -287,15 +344,12 @@ async def _commit(
     async with task_group() as tasks:
         for shard in shards:
             tasks.start_soon(finalize, shard)
+
+
+async def _commit(
+    clients: Clients, settings: Settings, output: TableRef, streams: Sequence[str]
+) -> None:
     with anyio.move_on_after(_COMMIT_SECONDS, shield=True) as bounded:
-        await commit_streams(
-            clients.storage,
-            plan.output,
-            [shard.sink for shard in shards],
-            retry_seconds=settings.retry_seconds,
-        )
+        await commit_streams(clients.storage, output, streams, retry_seconds=settings.retry_seconds)
     if bounded.cancelled_caught:
-        raise IntegrityError(
-            "BigQuery did not say whether it committed. Look for this run's rows in the output "
-            f"table: their PredictionTimestamp is {plan.predicted_at.isoformat()}."
-        )
+        raise Unavailable(f"BigQuery did not say whether it committed the rows to {output}.")

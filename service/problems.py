@@ -28,6 +28,7 @@ _STATUS: tuple[tuple[type[MlsysError], int, str], ...] = (
     (errors.AccessDenied, 403, "Not allowed"),
     (errors.NotFound, 404, "Not found"),
     (errors.Conflict, 409, "Already under way"),
+    (errors.RunMismatch, 422, "Another run has this id"),
     (errors.TableMismatch, 422, "The table does not fit"),
     (errors.TooManyRuns, 429, "Too many runs"),
     (errors.ModelUnusable, 500, "The model can't be used"),

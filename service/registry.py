@@ -27,7 +27,7 @@ from pydantic import ValidationError
 from pydantic_core import from_json
 
 from mlsys.clients import Clients
-from mlsys.errors import Changed, InvalidRequest, NotFound, TableMismatch, Unavailable, redacted
+from mlsys.errors import Changed, InvalidRequest, NotFound, TableMismatch, redacted
 from mlsys.gcs import Blob, find_blob, list_blobs, read_blob
 from mlsys.metadata import ModelMetadata
 from mlsys.names import (
@@ -250,7 +250,7 @@ class _Unusable(Exception):
 
 async def _read_metadata(objects: Storage, blob: Blob) -> bytes:
     try:
-        async for attempt in stamina.retry_context(on=Unavailable, attempts=_READ_TRIES):
+        async for attempt in stamina.retry_context(on=Changed, attempts=_READ_TRIES):
             with attempt:
                 current = blob if attempt.num == 1 else await _look_up(objects, blob)
                 if current.size > _LARGEST_METADATA:
@@ -259,7 +259,7 @@ async def _read_metadata(objects: Storage, blob: Blob) -> bytes:
                         "at most."
                     )
                 return await read_blob(objects, current)
-    except Changed as error:
+    except (Changed, InvalidRequest) as error:
         raise _Unusable(
             "What arrives is never what is stored. Upload it without Content-Encoding."
         ) from error

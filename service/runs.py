@@ -10,15 +10,13 @@ import sys
 import time
 import uuid
 from collections.abc import Awaitable, Callable
-from datetime import UTC, datetime
 
 import anyio
 import structlog
 from anyio.abc import TaskGroup
 
-from mlsys.errors import Conflict, MlsysError, TooManyRuns, Unavailable
-from service.contract import ModelUsed, PredictRequest, PredictResult, ProgressEvent
-from service.pipeline import Job
+from mlsys.errors import MlsysError, TooManyRuns, Unavailable, UnderWay
+from service.contract import PredictRequest, PredictResult, ProgressEvent
 
 _log = structlog.get_logger(__name__)
 
@@ -31,37 +29,37 @@ class Run:
     def __init__(self, request: PredictRequest) -> None:
         self.id = request.run_id or uuid.uuid4().hex
         self.request = request
-        self.started_at = datetime.now(UTC)
-        self.planned = anyio.Event()
+        self.begun = anyio.Event()
         self.ended = anyio.Event()
         self.result: PredictResult | None = None
         self.error: Exception | None = None
-        self._job: Job | None = None
-        self._rows = 0
+        self.rows_done = 0
+        self.rows_total: int | None = None
+        self.ended_because = ""
         self._clock = time.monotonic()
         self._scope = anyio.CancelScope()
-        self.ended_because = ""
 
-    def plan(self, job: Job) -> None:
-        """Takes note that the plan is settled and rows begin to move."""
-        self._job = job
-        self.planned.set()
+    def begin(self, rows_total: int | None) -> None:
+        """Takes note that the run is ours and rows begin to move."""
+        self.rows_total = rows_total
+        self.begun.set()
 
     def advance(self, rows: int) -> None:
         """Counts rows that BigQuery has acknowledged."""
-        self._rows += rows
+        self.rows_done += rows
 
     def progress(self) -> ProgressEvent:
         """How far the run has come, this moment."""
-        total = self._job.plan.rows if self._job else None
-        rate = self._rows / max(time.monotonic() - self._clock, 1e-9)
-        left = (total - self._rows) / rate if total is not None and self._rows else None
+        rate = self.rows_done / max(time.monotonic() - self._clock, 1e-9)
+        left = None
+        if self.rows_total is not None and self.rows_done:
+            left = math.ceil(max((self.rows_total - self.rows_done) / rate, 0))
         return ProgressEvent(
             run_id=self.id,
-            rows_done=self._rows,
-            rows_total=total,
+            rows_done=self.rows_done,
+            rows_total=self.rows_total,
             rows_per_second=round(rate, 1),
-            seconds_left=None if left is None else math.ceil(max(left, 0)),
+            seconds_left=left,
         )
 
     def cancel(self, because: str) -> None:
@@ -72,11 +70,11 @@ class Run:
         self.ended_because = because
         self._scope.cancel()
 
-    async def carry_out(self, work: Callable[[Run], Awaitable[int]]) -> None:
-        """Runs `work`, which returns the number of rows, and keeps its result or its error."""
+    async def carry_out(self, work: Callable[[Run], Awaitable[PredictResult]]) -> None:
+        """Awaits `work`, and keeps its result or its error."""
         try:
             with self._scope:
-                self.result = self._result(await work(self))
+                self.result = await work(self)
                 _log.info("run succeeded", **self.result.model_dump(include={"rows", "seconds"}))
             if self._scope.cancelled_caught:
                 self._fail(
@@ -85,7 +83,7 @@ class Run:
         except Exception as error:
             self._fail(error)
         finally:
-            self.planned.set()
+            self.begun.set()
             self.ended.set()
 
     def _fail(self, error: Exception) -> None:
@@ -94,29 +92,6 @@ class Run:
             _log.warning("run failed", error=type(error).__name__, detail=str(error))
         else:
             _log.error("run failed", exc_info=error)
-
-    def _result(self, rows: int) -> PredictResult:
-        seconds = time.monotonic() - self._clock
-        model = self._job.model
-        return PredictResult(
-            message=f"{rows:,} rows predicted by {model.name} {model.version} and appended to "
-            f"{self.request.output_table}.",
-            run_id=self.id,
-            rows=rows,
-            input_table=self.request.input_table,
-            output_table=self.request.output_table,
-            model=ModelUsed(
-                name=model.name,
-                version=model.version,
-                uri=model.uri,
-                generation=model.blob.generation,
-            ),
-            started_at=self.started_at,
-            ended_at=datetime.now(UTC),
-            seconds=round(seconds, 3),
-            rows_per_second=round(rows / seconds, 1),
-            peak_memory_bytes=peak_memory_bytes(),
-        )
 
 
 class Runs:
@@ -127,16 +102,20 @@ class Runs:
         self._most = most
         self._under_way: dict[str, Run] = {}
 
-    def start(self, request: PredictRequest, work: Callable[[Run], Awaitable[int]]) -> Run:
+    def start(
+        self, request: PredictRequest, work: Callable[[Run], Awaitable[PredictResult]]
+    ) -> Run:
         """Starts a run that goes on by itself until it ends or is cancelled.
 
         Raises:
-            Conflict: a run of that id is under way here.
+            UnderWay: a run of that id is under way here.
             TooManyRuns: as many as may be are under way.
         """
         run = Run(request)
         if run.id in self._under_way:
-            raise Conflict(f"The run {run.id} is under way. Wait for it, or use another run_id.")
+            raise UnderWay(
+                f"The run {run.id} is under way. Ask for it again, or use another run_id."
+            )
         if len(self._under_way) >= self._most:
             raise TooManyRuns(
                 f"This instance already has {self._most} runs under way. Try again later."
@@ -146,7 +125,7 @@ class Runs:
         self._tasks.start_soon(self._keep, run, work, name=f"run {run.id}")
         return run
 
-    async def _keep(self, run: Run, work: Callable[[Run], Awaitable[int]]) -> None:
+    async def _keep(self, run: Run, work: Callable[[Run], Awaitable[PredictResult]]) -> None:
         try:
             await run.carry_out(work)
         finally:

@@ -155,9 +155,9 @@ async def test_an_object_that_may_only_be_new_is_not_replaced(
     objects: Storage, cloud: Cloud
 ) -> None:
     path = cloud.name()
-    blob = await write_blob(objects, BUCKET, path, b"first", only_new=True)
+    blob = await write_blob(objects, BUCKET, path, b"first", if_generation=0)
     with pytest.raises(Conflict, match=path):
-        await write_blob(objects, BUCKET, path, b"second", only_new=True)
+        await write_blob(objects, BUCKET, path, b"second", if_generation=0)
 
     assert await read_blob(objects, blob) == b"first"
 

@@ -197,8 +197,9 @@ def test_events_are_to_be_had_from_a_post_too(
 def test_an_error_in_the_midst_of_a_run_is_an_event_with_the_problem(
     service: Client, cloud: Cloud
 ) -> None:
+    halfway = cloud.name("halfway")
     table, output = cloud.put(numbers(100_000)), cloud.new_table()
-    wanted = request_for(table, output, cloud.publish(models.RaisesAt(99_999)), run_id="halfway")
+    wanted = request_for(table, output, cloud.publish(models.RaisesAt(99_999)), run_id=halfway)
 
     events = events_of(service, wanted)
 
@@ -206,7 +207,7 @@ def test_an_error_in_the_midst_of_a_run_is_an_event_with_the_problem(
     name, problem = events[-1]
     assert name == "error"
     assert_problem_body(problem, 500, "ValueError", "Nothing was written")
-    assert problem["instance"] == "/runs/halfway"
+    assert problem["instance"] == f"/runs/{halfway}"
     assert problem["row"] is not None
     assert cloud.count(output) == 0
 
@@ -241,7 +242,7 @@ def test_a_name_in_use_by_a_run_under_way_is_a_conflict(
     first = Background(lambda: service.get("/predict", params=wanted))
     entered(gate)
 
-    assert_problem(service.get("/predict", params=wanted), 409, "the-one", "Wait for it")
+    assert_problem(service.get("/predict", params=wanted), 409, "the-one", "Ask for it again")
 
     models.event(f"{gate} open").set()
     assert first.result().status_code == 200
@@ -278,15 +279,16 @@ def test_a_caller_who_goes_away_while_rows_are_predicted_ends_the_run(
     gate: str,
     accept: str,
 ) -> None:
+    gone = cloud.name("gone")
     service = start_service(max_runs=1, predict_threads=2)
     output = cloud.new_table()
 
     with log_lines() as log:
-        with abandoned(service, request_for(table, output, gate, run_id="gone"), accept):
+        with abandoned(service, request_for(table, output, gate, run_id=gone), accept):
             entered(gate)
-        log.wait_for("run failed", run_id="gone", error="Unavailable")
+        log.wait_for("run failed", run_id=gone, error="Unavailable")
         if "event" not in accept:
-            log.wait_for("GET /predict 499", run_id="gone", level="info")
+            log.wait_for("GET /predict 499", run_id=gone, level="info")
 
     # The model still has its rows, and yet there is room for the next run.
     assert service.predict(table, cloud.new_table(), doubles).status_code == 200
@@ -299,14 +301,15 @@ def test_a_caller_who_goes_away_while_rows_are_predicted_ends_the_run(
 def test_a_caller_who_goes_away_before_rows_are_predicted_ends_the_run(
     start_service: Callable[..., Client], cloud: Cloud, table: str, doubles: str, accept: str
 ) -> None:
+    gone = cloud.name("gone")
     service = start_service(max_runs=1)
     name, output = cloud.name(), cloud.new_table()
     model = cloud.publish(models.Gated(name, sample=True))
 
     with log_lines() as log:
-        with abandoned(service, request_for(table, output, model, run_id="gone"), accept):
+        with abandoned(service, request_for(table, output, model, run_id=gone), accept):
             entered(name)
-        log.wait_for("run failed", run_id="gone", error="Unavailable")
+        log.wait_for("run failed", run_id=gone, error="Unavailable")
 
     assert service.predict(table, cloud.new_table(), doubles).status_code == 200
     models.event(f"{name} open").set()
@@ -316,16 +319,17 @@ def test_a_caller_who_goes_away_before_rows_are_predicted_ends_the_run(
 def test_a_caller_of_a_post_who_goes_away_ends_the_run(
     start_service: Callable[..., Client], cloud: Cloud, table: str, gate: str
 ) -> None:
+    gone = cloud.name("gone")
     service = start_service(max_runs=1)
     output = cloud.new_table()
-    wanted = request_for(table, output, gate, run_id="gone")
+    wanted = request_for(table, output, gate, run_id=gone)
 
     with log_lines() as log:
         with service.sse("/predict", method="POST", json=wanted) as source:
             events = iter(source)
             next(events)
             entered(gate)
-        log.wait_for("run failed", run_id="gone", error="Unavailable")
+        log.wait_for("run failed", run_id=gone, error="Unavailable")
 
     assert cloud.count(output) == 0
 
@@ -339,6 +343,7 @@ def test_a_commit_that_has_begun_is_seen_through(
     doubles: str,
     accept: str,
 ) -> None:
+    gone = cloud.name("gone")
     begun, go_on = threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -350,11 +355,11 @@ def test_a_commit_that_has_begun_is_seen_through(
     output = cloud.new_table()
 
     with log_lines() as log:
-        with abandoned(service, request_for(table, output, doubles, run_id="gone"), accept):
+        with abandoned(service, request_for(table, output, doubles, run_id=gone), accept):
             assert begun.wait(10)
-        log.wait_for("run told to end", run_id="gone", because="the caller went away")
+        log.wait_for("run told to end", run_id=gone, because="the caller went away")
         go_on.set()
-        log.wait_for("run succeeded", run_id="gone")
+        log.wait_for("run succeeded", run_id=gone)
 
     assert cloud.count(output) == 1000
 
@@ -362,6 +367,7 @@ def test_a_commit_that_has_begun_is_seen_through(
 def test_a_caller_who_goes_away_before_the_commit_leaves_nothing(
     start_behind: Callable[..., Client], rows: RowsProxy, cloud: Cloud, table: str, doubles: str
 ) -> None:
+    gone = cloud.name("gone")
     begun, go_on = threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -373,9 +379,9 @@ def test_a_caller_who_goes_away_before_the_commit_leaves_nothing(
     output = cloud.new_table()
 
     with log_lines() as log:
-        with abandoned(service, request_for(table, output, doubles, run_id="gone")):
+        with abandoned(service, request_for(table, output, doubles, run_id=gone)):
             assert begun.wait(10)
-        log.wait_for("run failed", run_id="gone", error="Unavailable")
+        log.wait_for("run failed", run_id=gone, error="Unavailable")
     go_on.set()
 
     assert cloud.count(output) == 0
@@ -407,8 +413,9 @@ def test_the_openapi_document_tells_what_is_answered(service: Client) -> None:
     for method in ("get", "post"):
         operation = document["paths"]["/predict"][method]
         answers = operation["responses"]
-        assert set(answers) == {"200", "400", "403", "404", "409", "422", "429", "500", "503"}
+        assert set(answers) == {"200", "202", "400", "403", "404", "409", "422", "429", "500", "503"}
         assert set(answers.pop("200")["content"]) == {"application/json", "text/event-stream"}
+        assert set(answers.pop("202")["content"]) == {"application/json"}
         for answer in answers.values():
             [(media_type, content)] = answer["content"].items()
             assert media_type == "application/problem+json"
@@ -420,7 +427,7 @@ def test_the_openapi_document_tells_what_is_answered(service: Client) -> None:
         if each["name"] in required:
             assert each["schema"]["examples"], each["name"]
     schema = document["components"]["schemas"]["PredictRequest"]
-    assert set(schema["properties"]) == {each["name"] for each in parameters} - {"accept"}
+    assert set(schema["properties"]) == {each["name"] for each in parameters} - {"accept", "prefer"}
 
 
 @pytest.fixture(scope="module")

@@ -88,13 +88,13 @@ def test_a_caller_who_goes_away_while_the_model_loads_does_not_end_it_for_the_ot
     name = cloud.name()
     model = cloud.publish(models.LoadsSlowly(name))
     service = start_behind()
-    output = cloud.new_table()
+    output, gone = cloud.new_table(), cloud.name("gone")
 
     with log_lines() as log:
-        with abandoned(service, request_for(table, output, model, run_id="gone")):
+        with abandoned(service, request_for(table, output, model, run_id=gone)):
             assert models.event(f"{name} loading").wait(10)
             other = Background(lambda: ask(service, model))
-        log.wait_for("run failed", run_id="gone")
+        log.wait_for("run failed", run_id=gone)
     models.event(f"{name} open").set()
 
     assert other.result() == 200
