@@ -53,6 +53,7 @@ def storage_at(url: str) -> Settings:
         bigquery_emulator_host="http://127.0.0.1:9",
         bigquery_storage_emulator_host="127.0.0.1:9",
         storage_emulator_host=url,
+        retry_seconds=0.01,
     )
 
 

@@ -285,7 +285,8 @@ def in_between(settings: Settings) -> Iterator[tuple[RestServer, Settings]]:
 
     with rest_server() as server:
         server.answer = forward
-        yield server, settings.model_copy(update={"storage_emulator_host": server.url})
+        away = {"storage_emulator_host": server.url, "retry_seconds": 0.01}
+        yield server, settings.model_copy(update=away)
 
 
 def is_upload_of(file: str, request: Request) -> bool:

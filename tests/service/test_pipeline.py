@@ -113,14 +113,47 @@ def test_rows_that_went_missing_on_the_way_are_not_committed(
     assert cloud.count(output) == 0
 
 
-def test_a_commit_that_says_nothing_of_its_time_is_none(
+def test_a_commit_that_says_nothing_of_its_time_is_looked_for_in_the_table(
     start_behind: Callable[..., Client], rows: RowsProxy, cloud: Cloud, table: str, doubles: str
 ) -> None:
     rows.after["BatchCommitWriteStreams"] = lambda answer: b""
+    output = cloud.new_table()
 
-    response = start_behind().predict(table, cloud.new_table(), doubles)
+    response = start_behind().predict(table, output, doubles)
 
-    assert_problem(response, 500, "did not commit")
+    assert response.status_code == 200, response.text
+    assert cloud.count(output) == response.json()["rows"]
+
+
+def test_streams_that_are_gone_are_filled_anew(
+    start_behind: Callable[..., Client], rows: RowsProxy, cloud: Cloud, table: str, doubles: str
+) -> None:
+    lost = iter([True])
+
+    def lose_once() -> None:
+        if next(lost, False):
+            raise RefusedCall(grpc.StatusCode.NOT_FOUND, "gone")
+
+    rows.before["BatchCommitWriteStreams"] = lose_once
+    output = cloud.new_table()
+
+    response = start_behind().predict(table, output, doubles)
+
+    assert response.status_code == 200, response.text
+    assert cloud.count(output) == response.json()["rows"]
+
+
+def test_streams_that_are_lost_again_and_again_end_the_run(
+    start_behind: Callable[..., Client], rows: RowsProxy, cloud: Cloud, table: str, doubles: str
+) -> None:
+    def lose() -> None:
+        raise RefusedCall(grpc.StatusCode.NOT_FOUND, "gone")
+
+    rows.before["BatchCommitWriteStreams"] = lose
+    output = cloud.new_table()
+
+    assert_problem(start_behind().predict(table, output, doubles), 500, "keeps losing")
+    assert cloud.count(output) == 0
 
 
 def test_an_answer_to_the_commit_that_was_lost_is_asked_for_again(
