@@ -265,3 +265,24 @@ def test_register_counts_the_same_with_a_service_and_without(
     first, second = json.loads(with_it.stdout), json.loads(without.stdout)
     assert scored[1] in {model["name"] for model in first["registered"]}
     assert second["registered"] == first["registered"]
+
+
+def test_runs_are_listed_with_a_service_and_without(
+    servers: LocalServers, service: Client, cloud: Cloud, scored: tuple[str, str]
+) -> None:
+    table, model = scored
+    run_id = cloud.name("run")
+    assert service.predict(table, cloud.new_table(), model, run_id=run_id).status_code == 200
+
+    here = mlsys("runs", run_id, "--json", **servers.env)
+    there = mlsys("runs", run_id, "--json", f"--url={service.base_url}")
+    listed = mlsys("runs", "--state=committed", "--limit=1", f"--url={service.base_url}")
+    nobody = mlsys("runs", "nobody", f"--url={service.base_url}")
+
+    assert here.returncode == 0, here.stderr
+    assert json.loads(here.stdout) == json.loads(there.stdout)
+    [run] = json.loads(here.stdout)["runs"]
+    assert (run["run_id"], run["state"]) == (run_id, "committed")
+    assert "committed" in listed.stdout
+    assert nobody.returncode == 1
+    assert "no run 'nobody'" in nobody.stderr
