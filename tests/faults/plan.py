@@ -17,6 +17,7 @@ from enum import StrEnum
 from urllib.parse import parse_qs, urlsplit
 
 DELAY_SECONDS = 0.1
+SILENT_SECONDS = 3600
 
 
 class Kind(StrEnum):
@@ -29,6 +30,7 @@ class Kind(StrEnum):
     CUT_APPLIED = "cut-applied"  # applied; then the TCP connection is reset
     TRUNCATED = "truncated"  # applied; half of the answer's body comes (HTTP)
     DELAYED = "delayed"  # applied, later
+    SILENT = "silent"  # neither applied nor answered, and the connection stays open
     GOAWAY = "goaway"  # applied; the server sends GOAWAY before and closes soon after (gRPC)
     KILLED = "killed"  # SIGKILL to the caller, and the call never arrives
     KILLED_LATE = "killed-late"  # SIGKILL to the caller, and the call is applied later

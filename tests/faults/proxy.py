@@ -30,7 +30,7 @@ from yarl import URL
 
 from mlsys.local import LocalServers
 from mlsys.tasks import task_group
-from tests.faults.plan import Fault, Kind, Plan, Tell, name_of
+from tests.faults.plan import SILENT_SECONDS, Fault, Kind, Plan, Tell, name_of
 
 ROWS_A_MESSAGE = 250
 
@@ -59,16 +59,16 @@ class Ended(Exception):
 
     async def end(self, context: grpc.aio.ServicerContext) -> None:
         if self.fault.kind is Kind.BUSY:
-            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(self), _retry_info())
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(self), self._retry_info())
         await context.abort(grpc.StatusCode.UNAVAILABLE, str(self))
 
-
-def _retry_info() -> tuple[tuple[str, bytes], ...]:
-    info = error_details_pb2.RetryInfo()
-    info.retry_delay.FromNanoseconds(int(_RETRY_SECONDS * 1e9))
-    status = status_pb2.Status(code=grpc.StatusCode.RESOURCE_EXHAUSTED.value[0])
-    status.details.add().Pack(info)
-    return (("grpc-status-details-bin", status.SerializeToString()),)
+    def _retry_info(self) -> tuple[tuple[str, bytes], ...]:
+        info = error_details_pb2.RetryInfo()
+        info.retry_delay.FromNanoseconds(int(_RETRY_SECONDS * 1e9))
+        code = grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
+        status = status_pb2.Status(code=code, message=str(self))
+        status.details.add().Pack(info)
+        return (("grpc-status-details-bin", status.SerializeToString()),)
 
 
 class Kept:
@@ -186,6 +186,8 @@ class Rows(grpc.GenericRpcHandler):
         match fault.kind:
             case Kind.DELAYED:
                 await asyncio.sleep(fault.seconds)
+            case Kind.SILENT:
+                await asyncio.sleep(SILENT_SECONDS)
             case Kind.GOAWAY:
                 await self.go_away()
             case Kind.STOPPED:
@@ -293,7 +295,9 @@ class Rows(grpc.GenericRpcHandler):
                 tasks.start_soon(pass_on)
                 async for answer in call:
                     self._after(faults.popleft())
-                    await context.write(answer)
+                    # A call can't be ended while it is written to.
+                    with anyio.CancelScope(shield=True):
+                        await context.write(answer)
             self._after(opening)
         finally:
             call.cancel()
@@ -380,6 +384,8 @@ class Http:
         match fault.kind if fault else None:
             case Kind.DELAYED:
                 await asyncio.sleep(fault.seconds)
+            case Kind.SILENT:
+                await asyncio.sleep(SILENT_SECONDS)
             case Kind.STOPPED:
                 self._behaviour.tell(signal.SIGSTOP)
             case Kind.REFUSED:
