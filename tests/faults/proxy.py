@@ -137,7 +137,7 @@ class Rows(grpc.GenericRpcHandler):
         self._channel = grpc.aio.insecure_channel(target, _UNLIMITED)
         self._behaviour = behaviour
         self._server: grpc.aio.Server | None = None
-        self._kept = Kept()
+        self.kept = Kept()
         self.relay = Relay()
         # The streams of every commit that was passed on, and what was answered.
         self.commits: list[tuple[tuple[str, ...], bool]] = []
@@ -153,11 +153,11 @@ class Rows(grpc.GenericRpcHandler):
         """Has the server say GOAWAY and end: its calls have a moment, new ones go to another."""
         leaving = self._server
         await self.serve()
-        self._kept.start(leaving.stop(_GRACE_SECONDS))
+        self.kept.start(leaving.stop(_GRACE_SECONDS))
 
     async def close(self) -> None:
         await self._server.stop(None)
-        await self._kept.end()
+        await self.kept.end()
         await self._channel.close()
 
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
@@ -192,6 +192,7 @@ class Rows(grpc.GenericRpcHandler):
                 await self.go_away()
             case Kind.STOPPED:
                 self._behaviour.tell(signal.SIGSTOP)
+                await asyncio.sleep(fault.seconds)
             case Kind.REFUSED | Kind.BUSY:
                 raise Ended(fault)
             case Kind.CUT:
@@ -222,10 +223,10 @@ class Rows(grpc.GenericRpcHandler):
             await self._before(fault)
         except Ended:
             if fault.kind is Kind.KILLED_LATE:
-                self._kept.start(_later(fault.seconds, partial(self._pass_on, method, request)))
+                self.kept.start(_later(fault.seconds, partial(self._pass_on, method, request)))
             raise
         # What has arrived is carried out, even if the caller is gone by then.
-        answer = await asyncio.shield(self._kept.start(self._pass_on(method, request)))
+        answer = await asyncio.shield(self.kept.start(self._pass_on(method, request)))
         self._after(fault)
         return answer
 
@@ -338,7 +339,7 @@ class Http:
         self._servers = servers
         self._behaviour = behaviour
         self._session: aiohttp.ClientSession | None = None
-        self._kept = Kept()
+        self.kept = Kept()
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[str]:
@@ -352,7 +353,7 @@ class Http:
                 await site.start()
                 yield f"http://127.0.0.1:{runner.addresses[0][1]}"
             finally:
-                await self._kept.end()
+                await self.kept.end()
                 await runner.cleanup()
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
@@ -363,7 +364,7 @@ class Http:
         if (answer := await self._before(fault, request, send)) is not None:
             return answer
         # What has arrived is carried out, even if the caller is gone by then.
-        answer = await asyncio.shield(self._kept.start(send()))
+        answer = await asyncio.shield(self.kept.start(send()))
         return await self._after(fault, request, answer)
 
     async def _pass_on(
@@ -388,6 +389,7 @@ class Http:
                 await asyncio.sleep(SILENT_SECONDS)
             case Kind.STOPPED:
                 self._behaviour.tell(signal.SIGSTOP)
+                await asyncio.sleep(fault.seconds)
             case Kind.REFUSED:
                 return _refusal(503, "backendError")
             case Kind.BUSY:
@@ -399,7 +401,7 @@ class Http:
                 return _cut(request)
             case Kind.KILLED_LATE:
                 self._behaviour.tell(signal.SIGKILL)
-                self._kept.start(_later(fault.seconds, send))
+                self.kept.start(_later(fault.seconds, send))
                 return _cut(request)
         return None
 
@@ -456,6 +458,7 @@ class Front:
 
     behaviour: Behaviour
     rows: Rows
+    http: Http
     http_url: str
 
     @property
@@ -467,6 +470,11 @@ class Front:
             "BIGQUERY_STORAGE_EMULATOR_HOST": self.rows.relay.address,
         }
 
+    async def settle(self) -> None:
+        """Waits until every call that is applied late has been."""
+        await self.rows.kept.end()
+        await self.http.kept.end()
+
 
 @asynccontextmanager
 async def front(servers: LocalServers) -> AsyncIterator[Front]:
@@ -476,9 +484,10 @@ async def front(servers: LocalServers) -> AsyncIterator[Front]:
     await rows.serve()
     listener = await asyncio.start_server(rows.relay.connected, "127.0.0.1", 0)
     rows.relay.address = "{}:{}".format(*listener.sockets[0].getsockname())
-    async with listener, Http(servers, behaviour).serving() as url:
+    http = Http(servers, behaviour)
+    async with listener, http.serving() as url:
         try:
-            yield Front(behaviour, rows, url)
+            yield Front(behaviour, rows, http, url)
         finally:
             listener.close()
             rows.relay.reset()

@@ -24,6 +24,7 @@ from typing import Any
 
 import anyio.from_thread
 import httpx2
+from anyio.from_thread import BlockingPortal
 
 from mlsys.local import PROJECT, LocalServers, ends_with_us
 from tests.conftest import Cloud
@@ -109,25 +110,44 @@ def open_launcher(log: Path) -> Iterator[Launcher]:
             process.kill()
 
 
+@dataclass(frozen=True)
+class Process:
+    """A service that runs, or has run."""
+
+    pid: int
+    handle: int
+    client: httpx2.Client
+
+    def ended(self, within: float = 0) -> bool:
+        """Whether it has ended, or does so within so many seconds."""
+        return bool(select.select([self.handle], [], [], within)[0])
+
+    def close(self) -> None:
+        self.client.close()
+        os.close(self.handle)
+
+
 class Instance:
-    """One service behind its front, started again where it was killed."""
+    """A service behind its front: started again when it is called after it was killed."""
 
     def __init__(self, launcher: Launcher, behind: Front, **settings: str) -> None:
         self._launcher = launcher
         self._env = {"PATH": os.environ["PATH"]} | SETTINGS | settings | behind.env
-        self._lock = threading.Lock()
-        self._pidfd = -1
-        self._running = False
-        self._client: httpx2.Client | None = None
+        self._starting = threading.Lock()
+        self._process: Process | None = None
+        self._killed: list[Process] = []
         self.front = behind
-        self.pid = 0
-        self.url = ""
-        self.kills = 0
         behind.behaviour.tell = self.tell
         self.start()
 
     @property
+    def kills(self) -> int:
+        """How often it was killed."""
+        return len(self._killed)
+
+    @property
     def plan(self) -> Plan:
+        """The plan that its front follows."""
         return self.front.behaviour.plan
 
     def follow(self, faults: Iterable[Fault]) -> Plan:
@@ -135,58 +155,48 @@ class Instance:
         self.front.behaviour.plan = Plan(faults)
         return self.plan
 
-    def start(self) -> None:
-        """Starts the service, where it does not run."""
-        with self._lock:
-            if self._running:
-                return
-            self.pid, self.url = self._launcher.start(self._env)
-            self._pidfd = os.pidfd_open(self.pid)
-            self._client = httpx2.Client(base_url=self.url, timeout=PATIENCE)
-            self._running = True
+    def start(self) -> Process:
+        """The running process, a new one where there is none."""
+        with self._starting:
+            if self._process is None:
+                pid, url = self._launcher.start(self._env)
+                client = httpx2.Client(base_url=url, timeout=PATIENCE)
+                self._process = Process(pid, os.pidfd_open(pid), client)
+            return self._process
 
     def tell(self, number: signal.Signals) -> None:
-        """Sends a signal to the service; it has ended when SIGKILL was sent."""
-        with self._lock:
-            if not self._running:
-                return
-            signal.pidfd_send_signal(self._pidfd, number)
-            if number == signal.SIGKILL:
-                self.kills += 1
-                self._note_end()
+        """Sends a signal to the service. Waits for nothing: servers call this, too."""
+        process = self._process
+        if process is None:
+            return
+        signal.pidfd_send_signal(process.handle, number)
+        if number == signal.SIGKILL:
+            self._process = None
+            self._killed.append(process)
 
-    def ends(self, within: float) -> None:
-        """Waits for the service to end by itself."""
-        with self._lock:
-            self._note_end(within)
+    def ends(self, within: float) -> bool:
+        """Whether the service ends by itself."""
+        return self.start().ended(within)
 
-    def _note_end(self, within: float = PATIENCE) -> None:
-        ended, _, _ = select.select([self._pidfd], [], [], within)
-        assert ended, "the service did not end"
-        os.close(self._pidfd)
-        self._client.close()
-        self._running = False
-
-    def stop(self) -> None:
+    def close(self) -> None:
+        """Ends the service."""
         self.tell(signal.SIGKILL)
+        for process in self._killed:
+            process.close()
 
     def get(self, path: str, **parameters: Any) -> httpx2.Response | None:
-        """One call; None where the service went away before it answered."""
-        self.start()
+        """One call; None where the service was killed before it answered."""
+        process = self.start()
         try:
-            return self._client.get(path, params=parameters)
-        except (httpx2.TransportError, RuntimeError):
-            # A client that was closed as its service was killed says so by a RuntimeError.
-            if self._running and not self._gone():
-                raise
-            return None
-
-    def _gone(self) -> bool:
-        return bool(select.select([self._pidfd], [], [], 0)[0])
+            return process.client.get(path, params=parameters)
+        except httpx2.TransportError:
+            if process.ended(within=1):
+                return None
+            raise
 
     def peak_memory(self) -> int:
         """The most memory that the service has held at once."""
-        status = Path(f"/proc/{self.pid}/status").read_text()
+        status = Path(f"/proc/{self.start().pid}/status").read_text()
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
@@ -244,8 +254,9 @@ class Story:
 class Rig:
     """Local servers, services behind fronts, and tables to predict."""
 
-    def __init__(self, cloud: Cloud, instances: Sequence[Instance]) -> None:
+    def __init__(self, cloud: Cloud, portal: BlockingPortal, instances: Sequence[Instance]) -> None:
         self.cloud = cloud
+        self._portal = portal
         self.instances = list(instances)
         self.input = cloud.put(numbers(ROWS))
         self.model = cloud.publish(Doubles(), target="Prediction", features=["x"])
@@ -259,6 +270,11 @@ class Rig:
         run_id = f"run-{uuid.uuid4().hex[:12]}"
         output = self.cloud.new_table("out")
         return request_for(self.input, output, self.model, run_id=run_id) | more
+
+    def settle(self) -> None:
+        """Waits until every call that is applied late has been."""
+        for instance in self.instances:
+            self._portal.call(instance.front.settle)
 
     def look(self, wanted: dict[str, Any]) -> Figures:
         return look(self.cloud, wanted["output_table"])
@@ -283,14 +299,18 @@ class Rig:
             if response is not None and response.status_code == 200:
                 story.result = response.json()
                 return story
-            if response is not None:
-                assert response.status_code in _AGAIN, story.answers
             figures = self.look(wanted)
             assert figures.nothing or figures.once, (figures, story.answers)
             if response is not None:
-                # What a client does that was told to come back later.
-                time.sleep(min(float(response.headers["Retry-After"]), _LONGEST_WAIT))
+                _wait(response, story)
         raise AssertionError(f"no 200 within {seconds} s: {story.answers}")
+
+
+def _wait(response: httpx2.Response, story: Story) -> None:
+    """Does what a client does that was told to come back later."""
+    assert response.status_code in _AGAIN, story.answers
+    assert "Retry-After" in response.headers, story.answers
+    time.sleep(min(float(response.headers["Retry-After"]), _LONGEST_WAIT))
 
 
 def _told(response: httpx2.Response | None) -> str:
@@ -319,5 +339,5 @@ def open_rig(
         for _ in range(instances):
             behind = stack.enter_context(portal.wrap_async_context_manager(front(servers)))
             running.append(Instance(launcher, behind, **settings))
-            stack.callback(running[-1].stop)
-        yield Rig(cloud, running)
+            stack.callback(running[-1].close)
+        yield Rig(cloud, portal, running)
