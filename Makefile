@@ -3,12 +3,13 @@
 UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
 RUN := $(UV) run --locked --no-sync
 PORT ?= 8080
+DURATION ?= 1800
 
 # Compiled as they are installed, so that nobody waits for it later.
 export UV_COMPILE_BYTECODE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo local serve notebook test lint format lock
+.PHONY: help setup demo local serve notebook test soak lint format lock
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +36,9 @@ notebook: setup ## Open the notebooks in JupyterLab, with the servers and the se
 
 test: setup ## Run the tests against local servers, and report coverage
 	@$(RUN) pytest --cov $(ARGS)
+
+soak: setup ## Disturb and kill runs for DURATION (1800) seconds, and count their rows
+	@$(RUN) python -m tests.faults.soak --seconds $(DURATION) --report soak.json
 
 lint: setup ## Check style, imports and the lock file
 	@$(UV) lock --check --quiet

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import cycle
 
 from tests.faults.plan import KILLS, Fault, Kind
 from tests.faults.rig import LEASE_SECONDS, Instance, Rig, Story
@@ -94,34 +95,45 @@ def _call(chance: random.Random, counts: Mapping[str, int]) -> str:
     return chance.choices(names, weights)[0]
 
 
-def carry_out(rig: Rig, schedule: Schedule) -> list[Story]:
-    """Lives through a schedule, and checks that its run wrote once; the clients' stories.
+class Life:
+    """One run id, from its first call to its last, through the faults of a schedule."""
 
-    The call is repeated once more when all is over: it is answered as before, and writes nothing.
-    """
-    wanted = rig.wanted()
-    for instance, faults in zip(rig.instances, schedule.faults, strict=True):
-        instance.follow(faults)
-    clients = 2 if schedule.twins else 1
-    with ThreadPoolExecutor(clients) as pool:
-        stories = [
-            pool.submit(rig.until_done, wanted, choose=_in_order(rig, schedule, start))
-            for start in range(clients)
+    def __init__(self, rig: Rig, schedule: Schedule) -> None:
+        self._rig = rig
+        self._schedule = schedule
+        self.wanted = rig.wanted()
+        self.plans = [
+            instance.follow(faults)
+            for instance, faults in zip(rig.instances, schedule.faults, strict=True)
         ]
-    stories = [story.result() for story in stories]
-    rig.settle()
-    for instance in rig.instances:
-        instance.follow(())
-    stories.append(rig.until_done(wanted))
-    figures = rig.look(wanted)
-    assert figures.once, (str(schedule), figures, [story.answers for story in stories])
-    assert all(story.result == stories[0].result for story in stories), (str(schedule), stories)
-    return stories
 
+    def live(self) -> None:
+        """Repeats the call until it is answered 200, and once more; checks that it wrote once.
 
-def _in_order(rig: Rig, schedule: Schedule, start: int) -> Callable[[], Instance]:
-    calls = iter(range(start, 1_000_000))
-    return lambda: rig.instances[schedule.order[next(calls) % len(schedule.order)]]
+        The answer to the last call, which nothing disturbs, is the one that was given before.
+        """
+        stories = self._call()
+        self._rig.settle()
+        for instance in self._rig.instances:
+            instance.follow(())
+        stories.append(self._rig.until_done(self.wanted))
+        figures = self._rig.look(self.wanted)
+        told = (str(self._schedule), figures, [story.answers for story in stories])
+        assert figures.once, told
+        assert all(story.result == stories[0].result for story in stories), told
+
+    def _call(self) -> list[Story]:
+        clients = 2 if self._schedule.twins else 1
+        with ThreadPoolExecutor(clients) as pool:
+            calls = [
+                pool.submit(self._rig.until_done, self.wanted, choose=self._in_order(start))
+                for start in range(clients)
+            ]
+        return [call.result() for call in calls]
+
+    def _in_order(self, start: int) -> Callable[[], Instance]:
+        turns = cycle(self._schedule.order[start:] + self._schedule.order[:start])
+        return lambda: self._rig.instances[next(turns)]
 
 
 def undisturbed(rig: Rig) -> dict[str, int]:

@@ -14,7 +14,7 @@ import pytest
 from mlsys.local import LocalServers
 from tests.conftest import Cloud
 from tests.faults.rig import Launcher, Rig, open_rig
-from tests.faults.schedule import carry_out, schedule_of, undisturbed
+from tests.faults.schedule import Life, schedule_of, undisturbed
 
 SCHEDULES = 50
 REPLAYED = os.environ.get("MLSYS_FAULT_SEED")
@@ -38,4 +38,4 @@ def test_a_run_id_writes_once_through_faults_and_kills(
 ) -> None:
     schedule = schedule_of(seed, counts)
     print(schedule)
-    carry_out(rig, schedule)
+    Life(rig, schedule).live()
