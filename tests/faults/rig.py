@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,6 +115,7 @@ class Process:
     """A service that runs, or has run."""
 
     pid: int
+    url: str
     handle: int
     client: httpx2.Client
 
@@ -122,9 +123,31 @@ class Process:
         """Whether it has ended, or does so within so many seconds."""
         return bool(select.select([self.handle], [], [], within)[0])
 
+    def peak_memory(self) -> int:
+        """The most memory that it has held at once."""
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
     def close(self) -> None:
         self.client.close()
         os.close(self.handle)
+
+
+def start_process(launcher: Launcher, env: Mapping[str, str]) -> Process:
+    """Starts a service with these settings."""
+    pid, url = launcher.start({"PATH": os.environ["PATH"]} | dict(env))
+    return Process(pid, url, os.pidfd_open(pid), httpx2.Client(base_url=url, timeout=PATIENCE))
+
+
+@contextmanager
+def service_alone(launcher: Launcher, env: Mapping[str, str]) -> Iterator[Process]:
+    """A service with nothing between it and what `env` names."""
+    process = start_process(launcher, env)
+    try:
+        yield process
+    finally:
+        signal.pidfd_send_signal(process.handle, signal.SIGKILL)
+        process.close()
 
 
 class Instance:
@@ -132,7 +155,7 @@ class Instance:
 
     def __init__(self, launcher: Launcher, behind: Front, **settings: str) -> None:
         self._launcher = launcher
-        self._env = {"PATH": os.environ["PATH"]} | SETTINGS | settings | behind.env
+        self._env = SETTINGS | settings | behind.env
         self._starting = threading.Lock()
         self._process: Process | None = None
         self._killed: list[Process] = []
@@ -159,9 +182,7 @@ class Instance:
         """The running process, a new one where there is none."""
         with self._starting:
             if self._process is None:
-                pid, url = self._launcher.start(self._env)
-                client = httpx2.Client(base_url=url, timeout=PATIENCE)
-                self._process = Process(pid, os.pidfd_open(pid), client)
+                self._process = start_process(self._launcher, self._env)
             return self._process
 
     def tell(self, number: signal.Signals) -> None:
@@ -196,8 +217,7 @@ class Instance:
 
     def peak_memory(self) -> int:
         """The most memory that the service has held at once."""
-        status = Path(f"/proc/{self.start().pid}/status").read_text()
-        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+        return self.start().peak_memory()
 
 
 @dataclass(frozen=True)
