@@ -32,6 +32,7 @@ class Kind(StrEnum):
     DELAYED = "delayed"  # applied, later
     SILENT = "silent"  # neither applied nor answered, and the connection stays open
     GOAWAY = "goaway"  # applied; the server sends GOAWAY before and closes soon after (gRPC)
+    GONE = "gone"  # the streams of a commit are there no more, from now on
     KILLED = "killed"  # SIGKILL to the caller, and the call never arrives
     KILLED_LATE = "killed-late"  # SIGKILL to the caller, and the call is applied later
     KILLED_APPLIED = "killed-applied"  # SIGKILL to the caller once it is applied

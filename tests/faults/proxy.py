@@ -48,6 +48,8 @@ class Behaviour:
 
     plan: Plan = field(default_factory=Plan)
     tell: Tell = lambda number: None
+    # Write streams that the server has forgotten: those of all services are in one set.
+    gone: set[str] = field(default_factory=set)
 
 
 class Ended(Exception):
@@ -219,6 +221,8 @@ class Rows(grpc.GenericRpcHandler):
     async def _unary(self, method: str, request: bytes, context: grpc.aio.ServicerContext) -> bytes:
         name = method.rpartition("/")[2]
         fault = self._behaviour.plan.reached(name)
+        if fault is not None and fault.kind is Kind.GONE:
+            self._behaviour.gone.update(_commit_of(request).write_streams)
         try:
             await self._before(fault)
         except Ended:
@@ -231,6 +235,8 @@ class Rows(grpc.GenericRpcHandler):
         return answer
 
     async def _pass_on(self, method: str, request: bytes) -> bytes:
+        if method.endswith("/BatchCommitWriteStreams") and (lost := self._gone_of(request)):
+            return lost
         answer = await self._channel.unary_unary(method)(request)
         match method.rpartition("/")[2]:
             case "CreateReadSession":
@@ -239,8 +245,15 @@ class Rows(grpc.GenericRpcHandler):
                 return self._committed(request, answer)
         return answer
 
+    def _gone_of(self, request: bytes) -> bytes:
+        """The answer to a commit of streams that are gone; nothing where they are not."""
+        answer = types.BatchCommitWriteStreamsResponse.pb()()
+        for stream in self._behaviour.gone.intersection(_commit_of(request).write_streams):
+            answer.stream_errors.add(code=_ERROR.STREAM_NOT_FOUND, entity=stream)
+        return answer.SerializeToString()
+
     def _committed(self, request: bytes, answer: bytes) -> bytes:
-        asked = types.BatchCommitWriteStreamsRequest.pb().FromString(request)
+        asked = _commit_of(request)
         told = types.BatchCommitWriteStreamsResponse.pb().FromString(answer)
         self.commits.append((tuple(asked.write_streams), told.HasField("commit_time")))
         for error in told.stream_errors:
@@ -302,6 +315,10 @@ class Rows(grpc.GenericRpcHandler):
             self._after(opening)
         finally:
             call.cancel()
+
+
+def _commit_of(request: bytes) -> Any:
+    return types.BatchCommitWriteStreamsRequest.pb().FromString(request)
 
 
 def _in_parts(request: bytes, answer: bytes) -> bytes:
@@ -477,9 +494,9 @@ class Front:
 
 
 @asynccontextmanager
-async def front(servers: LocalServers) -> AsyncIterator[Front]:
+async def front(servers: LocalServers, gone: set[str]) -> AsyncIterator[Front]:
     """Starts the servers in front of the local ones, on free ports of 127.0.0.1."""
-    behaviour = Behaviour()
+    behaviour = Behaviour(gone=gone)
     rows = Rows(servers.bigquery_storage, behaviour)
     await rows.serve()
     listener = await asyncio.start_server(rows.relay.connected, "127.0.0.1", 0)

@@ -355,9 +355,9 @@ def open_rig(
     make_bucket(servers, RUNS_BUCKET)
     with ExitStack() as stack:
         portal = stack.enter_context(anyio.from_thread.start_blocking_portal())
-        running = []
+        running, gone = [], set()
         for _ in range(instances):
-            behind = stack.enter_context(portal.wrap_async_context_manager(front(servers)))
+            behind = stack.enter_context(portal.wrap_async_context_manager(front(servers, gone)))
             running.append(Instance(launcher, behind, **settings))
             stack.callback(running[-1].close)
         yield Rig(cloud, portal, running)

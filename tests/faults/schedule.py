@@ -37,6 +37,8 @@ _MOST_FAULTS = 3
 
 def kinds_of(call: str) -> Sequence[Kind]:
     """What may happen to a call of that name, apart from kills."""
+    if call == "BatchCommitWriteStreams":
+        return (*RPC_KINDS, Kind.GONE)
     return HTTP_KINDS if "." in call and call.partition(".")[0].islower() else RPC_KINDS
 
 

@@ -73,6 +73,25 @@ def test_an_instance_that_slept_past_its_lease_commits_nothing(
     assert rig.look(wanted).once
 
 
+@pytest.mark.parametrize(
+    "ended", [Kind.KILLED_APPLIED, Kind.KILLED], ids=["committed-before", "never-committed"]
+)
+def test_streams_that_are_gone_when_a_run_is_taken_over_are_no_reason_to_write_twice(
+    rig: Rig, counts: dict[str, int], ended: Kind
+) -> None:
+    wanted, (owner, other) = rig.wanted(), rig.instances
+    owner.follow([Fault("BatchCommitWriteStreams", 1, ended)])
+    other.follow([Fault("BatchCommitWriteStreams", 1, Kind.GONE)])
+    assert owner.get("/predict", **wanted) is None
+
+    story = rig.until_done(wanted, choose=lambda: other)
+
+    assert other.plan.injected, story.answers
+    assert rig.look(wanted).once
+    assert rig.until_done(wanted).result == story.result
+    assert rig.look(wanted).once
+
+
 def test_many_callers_with_one_run_id_are_one_run(rig: Rig, counts: dict[str, int]) -> None:
     wanted = rig.wanted()
     for instance in rig.instances:
