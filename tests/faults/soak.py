@@ -142,7 +142,7 @@ def main() -> int:
     options.add_argument("--report", type=Path, help="where the figures go, as JSON")
     chosen = options.parse_args()
     report = soak(chosen.seed or _fresh_seeds(), chosen.seconds)
-    figures = json.dumps(asdict(report), indent=2)
+    figures = json.dumps(vars(report) | {"failures": list(map(asdict, report.failures))}, indent=2)
     print(figures)
     if chosen.report:
         chosen.report.write_text(figures + "\n")
