@@ -3,6 +3,7 @@
 UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
 RUN := $(UV) run --locked --no-sync
 PORT ?= 8080
+DURATION ?= 1800
 
 # Where a stand-in for the Google provider is, which serves its schema without Terraform's registry.
 # Empty: the terraform on PATH is used, which downloads the provider.
@@ -15,7 +16,7 @@ export UV_COMPILE_BYTECODE := 1
 export PATH := $(abspath $(dir $(UV))):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo local serve notebook test format lock hooks
+.PHONY: help setup demo local serve notebook test soak format lock hooks
 .PHONY: lint lint-python lint-hooks lint-workflows lint-image
 .PHONY: terraform terraform-format terraform-static terraform-test
 
@@ -44,6 +45,9 @@ notebook: setup ## Open the notebooks in JupyterLab, with the servers and the se
 
 test: setup ## Run the tests against local servers, and report coverage
 	@$(RUN) pytest --cov --numprocesses 2 --dist worksteal $(ARGS)
+
+soak: setup ## Disturb and kill runs for DURATION (1800) seconds, and count their rows
+	@$(RUN) python -m tests.faults.soak --seconds $(DURATION) --report soak.json
 
 lint: lint-python lint-hooks lint-workflows lint-image ## Check all there is to check without running it
 

@@ -50,11 +50,15 @@ _DENIED = {code_pb2.PERMISSION_DENIED, code_pb2.UNAUTHENTICATED}
 
 @dataclass(frozen=True)
 class AppendLimits:
-    """How much an append may carry, in bytes of serialized Arrow."""
+    """How much an append may carry, in bytes of serialized Arrow, and how long it may take.
+
+    An append that is not answered for `silence_seconds` is sent again on another connection.
+    """
 
     request_bytes: int
     unacked_bytes: int
     retry_seconds: float = 60
+    silence_seconds: float = 120
 
 
 async def create_stream(api: StorageApi, table: TableRef, *, retry_seconds: float = 60) -> str:
@@ -149,6 +153,7 @@ class _Appender:
         self._answered = anyio.Event()
         self._next_offset = 0
         self._at_end = False
+        self._heard_at = 0.0
         self.acked_rows = 0
 
     @property
@@ -168,6 +173,7 @@ class _Appender:
         try:
             async with task_group() as tasks:
                 tasks.start_soon(self._send, call)
+                tasks.start_soon(self._listen)
                 await self._receive(call)
                 tasks.cancel_scope.cancel()
         except grpc.aio.AioRpcError as error:
@@ -181,6 +187,8 @@ class _Appender:
         schema = self._schema
         while (rows := await self._next()) is not None:
             await self._room_for(rows)
+            if not self._unacked:
+                self._heard_at = anyio.current_time()
             self._unacked.append(self._unsent.popleft())
             self._unacked_bytes += len(rows.data)
             try:
@@ -189,6 +197,14 @@ class _Appender:
                 return  # The connection is lost; the answers' side is told why.
             schema = b""
         await call.done_writing()
+
+    async def _listen(self) -> None:
+        """Ends a connection on which an append stays without an answer."""
+        while True:
+            await anyio.sleep(self._limits.silence_seconds / 4)
+            silent = anyio.current_time() - self._heard_at
+            if self._unacked and silent > self._limits.silence_seconds:
+                raise TimeoutError("the server does not answer")
 
     async def _next(self) -> _Rows | None:
         """What is to be sent next, still in `_unsent`; None at the end."""
@@ -218,6 +234,7 @@ class _Appender:
             _check(response, self._unacked[0])
             rows = self._unacked.popleft()
             self._unacked_bytes -= len(rows.data)
+            self._heard_at = anyio.current_time()
             self.acked_rows += rows.rows
             self._tell(rows.rows)
             self._answered.set()

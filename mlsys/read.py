@@ -12,6 +12,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import datetime
 
+import anyio
 import grpc
 import pyarrow as pa
 from anyio.abc import ObjectSendStream
@@ -98,11 +99,15 @@ async def read_stream(
     out: ObjectSendStream[pa.RecordBatch],
     *,
     retry_seconds: float = 60,
+    silence_seconds: float = 120,
 ) -> int:
     """Sends every batch of one stream to `out`, once and in order, and closes it.
 
     Batches are as large as the server makes them, about 1 MB. Back-pressure is the consumer's:
     nothing is read from the socket while `out` does not take a batch.
+
+    Args:
+        silence_seconds: how long to wait for a message before the stream is opened again.
 
     Returns:
         The number of rows sent.
@@ -115,7 +120,9 @@ async def read_stream(
 
     async def read_on() -> None:
         nonlocal rows
-        async with aclosing(_messages(api, stream, offset=rows)) as messages:
+        async with aclosing(
+            _messages(api, stream, offset=rows, silence_seconds=silence_seconds)
+        ) as messages:
             async for message in messages:
                 batch = pa.ipc.read_record_batch(pa.py_buffer(message), session.schema)
                 await out.send(batch)
@@ -138,11 +145,17 @@ async def read_stream(
     return rows
 
 
-async def _messages(api: StorageApi, stream: str, *, offset: int) -> AsyncIterator[bytes]:
+async def _messages(
+    api: StorageApi, stream: str, *, offset: int, silence_seconds: float
+) -> AsyncIterator[bytes]:
     request = types.ReadRowsRequest.pb()(read_stream=stream, offset=offset)
     call = api.read_rows(request, metadata=routing(read_stream=stream))
     try:
-        async for message in call:
+        while True:
+            with anyio.fail_after(silence_seconds):
+                message = await call.read()
+            if message is grpc.aio.EOF:
+                return
             yield message
     finally:
         call.cancel()

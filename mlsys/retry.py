@@ -63,7 +63,11 @@ def _retry_after(error: aiohttp.ClientResponseError) -> float | None:
 
 
 def _retry_info(error: grpc.aio.AioRpcError) -> float | None:
-    for detail in from_grpc_error(error).details:
+    try:
+        details = from_grpc_error(error).details
+    except ValueError:  # They speak of another status than the call's.
+        return None
+    for detail in details:
         if isinstance(detail, RetryInfo):
             return detail.retry_delay.ToTimedelta().total_seconds()
     return None

@@ -65,6 +65,9 @@ class Settings(BaseSettings):
     retry_seconds: PositiveFloat = Field(
         60, description="How long a call that makes no progress is tried again"
     )
+    silence_seconds: PositiveFloat = Field(
+        120, description="How long a stream may say nothing before it is opened again"
+    )
     progress_seconds: PositiveFloat = Field(0.5, description="Time between progress events")
 
     def model_bucket(self, env: Environment) -> str:

@@ -297,6 +297,7 @@ async def run_shard(
             shard.source,
             batches_in,
             retry_seconds=settings.retry_seconds,
+            silence_seconds=settings.silence_seconds,
         )
 
     async def predict_all() -> None:
@@ -318,6 +319,7 @@ async def run_shard(
                     settings.append_request_bytes,
                     settings.append_unacked_bytes,
                     settings.retry_seconds,
+                    settings.silence_seconds,
                 ),
                 acked=progress,
             )
