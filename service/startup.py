@@ -77,6 +77,7 @@ class Startup:
 
     async def run(self) -> None:
         """Opens the engine, then imports what models are made of; lasts until it is cancelled."""
+        begun = anyio.current_time()
         with anyio.move_on_after(_HEAD_START_SECONDS):
             await self._wanted.wait()
         try:
@@ -92,6 +93,7 @@ class Startup:
         async with open_engine(self._settings) as self._engine:
             self._settled.set()
             await _warm_up(_MODELS)
+            _log.info("warmed up", seconds=round(anyio.current_time() - begun, 3))
             await anyio.sleep_forever()
 
 
