@@ -2,11 +2,11 @@
 
     uv run python -m benchmarks.startup [--quick]
 
-Each start is of a fresh process, by the same command as that of a bare FastAPI application; the two
-take turns. `/health` is asked for from the first moment, until it is answered. Then the first run is
-asked for at once, of a table with a thousand rows, and a second like it; and in another process a
-first run after the log has said that all is warmed up. The ratio is the median of those of the
-rounds, so that a machine that gets slower meanwhile slows both.
+Each start is of a fresh process, by the same command as that of a bare FastAPI application; the
+two take turns. `/health` is asked for from the first moment, until it is answered. Then the first
+run is asked for at once, of a table with a thousand rows, and a second like it; and in another
+process a first run after the log has said that all is warmed up. The ratio is the median of those
+of the rounds, so that a machine that gets slower meanwhile slows both.
 """
 
 from __future__ import annotations
