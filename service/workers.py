@@ -33,6 +33,7 @@ from mlsys.gcs import Blob
 from mlsys.metadata import ModelMetadata
 from mlsys.settings import Settings
 from mlsys.tasks import task_group
+from service.logs import configure_logging, log_retries
 from service.model import load_estimator
 from service.shard import Means, Shard, Task, run_shard
 from service.sizing import ChunkSize
@@ -142,10 +143,9 @@ async def _end(process: Any) -> None:
 
 def _main(connection: Connection, assignment: Assignment) -> None:
     """What a worker does, from its fork to its end."""
-    from service.logs import configure_logging
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us.
     configure_logging()
+    log_retries()
     structlog.contextvars.bind_contextvars(run_id=assignment.task.plan.run_id)
     try:
         connection.send(anyio.run(_carry_out, connection, assignment))
