@@ -6,7 +6,7 @@ A mutant is the service as it is, but for one thing that a careless change might
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import service.once
@@ -51,6 +51,12 @@ def gone_is_not_committed() -> Iterator[None]:
 
 
 MUTANTS: dict[str, Callable[[], AbstractContextManager[None]]] = {
+    "": nullcontext,
     "without-fence": without_fence,
     "gone-is-not-committed": gone_is_not_committed,
 }
+
+
+def mutated(name: str) -> AbstractContextManager[None]:
+    """This process as the mutant of that name, for as long as the block lasts; "": as it is."""
+    return MUTANTS[name]()
