@@ -32,7 +32,7 @@ from service.shard import Means, Shard, Task, run_shard
 from service.sizing import ChunkSize
 from service.threads import Threads
 from service.trial import interpreter_bound
-from service.workers import assignments, run_in_processes
+from service.workers import WORKER_BYTES, assignments, run_in_processes
 
 _log = structlog.get_logger(__name__)
 
@@ -154,12 +154,14 @@ async def append(
     clients: Clients,
     settings: Settings,
     limiter: anyio.CapacityLimiter,
+    fits: Callable[[int], bool],
     progress: Callable[[int], None],
 ) -> tuple[tuple[str, ...], int]:
     """Predicts every row into pending streams, which nobody sees.
 
     Args:
         limiter: bounds the predict calls at once over all runs of the process.
+        fits: whether there is room in memory for so many bytes more.
         progress: told the number of rows of each acknowledged append.
 
     Returns:
@@ -169,7 +171,9 @@ async def append(
     found: dict[str, Any] = {}
 
     async def try_model() -> None:
-        found["workers"] = await _workers(job, clients=clients, settings=settings, limiter=limiter)
+        found["workers"] = await _workers(
+            job, clients=clients, settings=settings, limiter=limiter, fits=fits
+        )
 
     async def make_places() -> None:
         if plan.creates_output:
@@ -278,11 +282,18 @@ async def _create_shards(
 
 
 async def _workers(
-    job: Job, *, clients: Clients, settings: Settings, limiter: anyio.CapacityLimiter
+    job: Job,
+    *,
+    clients: Clients,
+    settings: Settings,
+    limiter: anyio.CapacityLimiter,
+    fits: Callable[[int], bool],
 ) -> int:
     """In how many processes the run is to take place; 0: in this one."""
     calls = min(len(job.session.streams), int(limiter.total_tokens), settings.worker_processes)
-    if calls > 1 and await interpreter_bound(
+    if calls < 2 or not fits(calls * WORKER_BYTES):
+        return 0
+    if await interpreter_bound(
         job,
         job.table_rows,
         api=clients.storage,
