@@ -40,20 +40,6 @@ def table(cloud: Cloud) -> str:
     return cloud.put(numbers(1000))
 
 
-@pytest.fixture(scope="module")
-def doubles(cloud: Cloud) -> str:
-    return cloud.publish(models.Doubles())
-
-
-@pytest.fixture
-def gate(cloud: Cloud) -> Iterator[str]:
-    """The name of a gated model, and of its events; it is let go after the test."""
-    name = cloud.name("gate").replace("_", "-")
-    cloud.publish(models.Gated(name), name)
-    yield name
-    models.event(f"{name} open").set()
-
-
 def entered(name: str) -> None:
     """Waits until the gated model is given rows."""
     assert models.event(f"{name} entered").wait(10)
