@@ -88,19 +88,26 @@ def local_servers() -> Iterator[LocalServers]:
         Unavailable: a server is not installed or did not start; its last words are in the message.
     """
     with ExitStack() as running:
+        storage = running.enter_context(cloud_storage())
         logs = Path(running.enter_context(tempfile.TemporaryDirectory(prefix="mlsys-local-")))
-        rest, grpc_port, http = free_ports(3)
-        servers = LocalServers(
-            f"http://127.0.0.1:{rest}", f"127.0.0.1:{grpc_port}", f"http://127.0.0.1:{http}"
-        )
+        rest, grpc_port = free_ports(2)
         bigquery = running.enter_context(
             _process(_bigquery_command(rest, grpc_port), logs / "bigquery.log")
         )
-        storage = running.enter_context(_process(_storage_command(http), logs / "storage.log"))
-        _wait_for(http, storage, logs / "storage.log")
         _wait_for(rest, bigquery, logs / "bigquery.log")
         _wait_for(grpc_port, bigquery, logs / "bigquery.log")
-        yield servers
+        yield LocalServers(f"http://127.0.0.1:{rest}", f"127.0.0.1:{grpc_port}", storage)
+
+
+@contextmanager
+def cloud_storage() -> Iterator[str]:
+    """Starts the server of Cloud Storage alone, and tells its address; see `local_servers`."""
+    with ExitStack() as running:
+        logs = Path(running.enter_context(tempfile.TemporaryDirectory(prefix="mlsys-local-")))
+        [port] = free_ports(1)
+        process = running.enter_context(_process(_storage_command(port), logs / "storage.log"))
+        _wait_for(port, process, logs / "storage.log")
+        yield f"http://127.0.0.1:{port}"
 
 
 def _bigquery_command(rest_port: int, grpc_port: int) -> list[str]:

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from importlib.metadata import version
 from types import FrameType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import anyio
 import structlog
@@ -39,10 +39,13 @@ from service.contract import (
     RunPage,
     RunsRequest,
 )
-from service.engine import Engine, open_engine
 from service.logs import RequestLog, configure_logging
 from service.problems import MEDIA_TYPE, add_handlers, problem_of, problem_response
-from service.runs import Run, Runs
+from service.startup import Startup, starting
+
+if TYPE_CHECKING:
+    from service.engine import Engine
+    from service.runs import Run
 
 EVENT_STREAM = "text/event-stream"
 RESPOND_ASYNC = "respond-async"
@@ -65,9 +68,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with open_engine(settings) as engine:
-            app.state.engine = engine
-            with _runs_end_on_signals(engine.runs):
+        async with starting(settings) as startup:
+            app.state.startup = startup
+            with _runs_end_on_signals(startup):
                 yield
 
     app = FastAPI(
@@ -83,7 +86,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
 
 @contextmanager
-def _runs_end_on_signals(runs: Runs) -> Iterator[None]:
+def _runs_end_on_signals(startup: Startup) -> Iterator[None]:
     """Ends the runs as soon as the process is told to stop.
 
     The server itself would wait for its requests, and Cloud Run kills ten seconds after SIGTERM.
@@ -96,7 +99,7 @@ def _runs_end_on_signals(runs: Runs) -> Iterator[None]:
     servers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def stop(number: int, frame: FrameType | None) -> None:
-        loop.call_soon_threadsafe(runs.cancel_all, SHUTTING_DOWN)
+        loop.call_soon_threadsafe(startup.end, SHUTTING_DOWN)
         servers[number](number, frame)
 
     handled = [number for number, handler in servers.items() if callable(handler)]
@@ -109,11 +112,11 @@ def _runs_end_on_signals(runs: Runs) -> Iterator[None]:
             signal.signal(number, servers[number])
 
 
-def _engine(request: Request) -> Engine:
-    return request.app.state.engine
+async def _engine(request: Request) -> Engine:
+    return await request.app.state.startup.engine()
 
 
-CurrentEngine = Annotated[Engine, Depends(_engine)]
+CurrentEngine = Annotated["Engine", Depends(_engine)]
 Accept = Annotated[str, Header(description=f"`{EVENT_STREAM}` for progress as it happens")]
 Prefer = Annotated[
     str, Header(description=f"`{RESPOND_ASYNC}` for 202 at once, and the run at `Location`")

@@ -80,6 +80,8 @@ class Engine:
             await self.clients()
         except MlsysError as error:
             _log.warning("clients not opened yet", detail=str(error))
+        except Exception as error:
+            _log.error("clients not opened yet", exc_info=error)
 
     async def close(self) -> None:
         """Closes what was opened."""

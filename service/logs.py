@@ -14,7 +14,6 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-import stamina
 import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -74,8 +73,15 @@ def configure_logging(level: str = "INFO") -> None:
         }
     )
     logging.captureWarnings(True)
-    # By itself stamina looks for somebody to tell at the first retry: imports, on the event loop.
-    stamina.instrumentation.set_on_retry_hooks([stamina.instrumentation.StructlogOnRetryHook])
+
+
+def log_retries() -> None:
+    """Has a line written for each call that is tried again."""
+    # Not needed to answer that the service is up, and it takes as long to import as all settings.
+    from stamina import instrumentation
+
+    # By itself it looks for somebody to tell at the first retry: imports, on the event loop.
+    instrumentation.set_on_retry_hooks([instrumentation.StructlogOnRetryHook])
 
 
 def _cloud_logging_names(_: Any, __: str, event: dict[str, Any]) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from mlsys.names import (
 )
 from mlsys.tasks import task_group
 from service.plan import Feature, ModelNeeds
+from service.threads import leave_threads_to_us
 
 _log = structlog.get_logger(__name__)
 
@@ -259,5 +260,6 @@ def _unpickle(data: bytes, blob: Blob, metadata: ModelMetadata) -> Any:
             f"with scikit-learn {metadata.sklearn_version or 'of unknown version'}. Train and "
             "publish it again with the versions that the service runs."
         )
+    leave_threads_to_us(estimator)
     _log.info("model loaded", uri=uri, generation=blob.generation, bytes=blob.size)
     return estimator

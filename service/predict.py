@@ -12,6 +12,7 @@ import asyncio
 import datetime as dt
 import re
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ from mlsys.errors import InvalidRequest, ModelRaised, ModelUnusable, redacted
 from mlsys.frame import FrameKind, to_frame
 from mlsys.tables import BIGQUERY_TO_ARROW, bigquery_column, standard_type
 from service.plan import TOLD, Output, Plan, output_schema
+from service.sizing import ChunkSize
+from service.threads import Threads
 
 PREDICTION, PROBABILITY = "Prediction", "PredictionProbability"
 
@@ -309,19 +312,23 @@ async def predict_stream(
     out: ObjectSendStream[pa.RecordBatch],
     *,
     limiter: anyio.CapacityLimiter,
+    sizes: ChunkSize,
+    threads: Threads | None = None,
     stream: int = 0,
 ) -> None:
     """Predicts batches chunk by chunk and sends the rows of the output table to `out`.
 
     Args:
         limiter: how many predict calls run at once, over all streams and runs.
+        sizes: how many rows a call gets; told what each call cost.
+        threads: that a call may take; None: as many as it likes.
         stream: the number of this stream among those of the run, for error messages.
 
     Raises:
         ModelRaised: with the exception, the stream and the row in it. Rows are counted from 0 as
             the stream delivers them: a table has no order of its own.
     """
-    rechunker = Rechunker(plan.chunk_rows)
+    rechunker = Rechunker(sizes.rows)
     told = _Told(plan)
     row = 0
 
@@ -330,9 +337,11 @@ async def predict_stream(
         schema = output_schema(plan, chunk.schema)
         work = partial(_predict_chunk, predictor, chunk, told, schema)
         try:
-            results = await _in_thread(work, limiter)
+            results, seconds = await in_thread(partial(_timed, work, threads), limiter)
         except _Blame as blame:
             raise blame.named(stream, row) from blame.__cause__
+        sizes.learn(chunk.num_rows, seconds, chunk.nbytes)
+        rechunker.rows = sizes.rows
         for result in results:
             await out.send(result)
         row += chunk.num_rows
@@ -347,7 +356,13 @@ async def predict_stream(
             await predict(chunk)
 
 
-async def _in_thread[T](work: Callable[[], T], limiter: anyio.CapacityLimiter) -> T:
+def _timed[T](work: Callable[[], T], threads: Threads | None) -> tuple[T, float]:
+    start = time.perf_counter()
+    result = work() if threads is None else threads.call(work)
+    return result, time.perf_counter() - start
+
+
+async def in_thread[T](work: Callable[[], T], limiter: anyio.CapacityLimiter) -> T:
     """Runs `work` in a thread. A cancelled call is abandoned, but keeps its place until it ends."""
     loop, place, begun = asyncio.get_running_loop(), object(), threading.Lock()
 

@@ -35,7 +35,8 @@ HTTP = (
     "gcs.download",
 )
 # What the run journal adds: a run's object is looked up, read where there is one, and written.
-JOURNAL = ("runs.get_metadata", "runs.download", "runs.upload") if JOURNALLED else ()
+WRITES = ("runs.upload.running", "runs.upload.prepared", "runs.upload.committed")
+JOURNAL = ("runs.get_metadata", "runs.download", *WRITES) if JOURNALLED else ()
 
 KINDS = dict.fromkeys(UNARY + STREAMS, RPC_KINDS) | dict.fromkeys(HTTP + JOURNAL, HTTP_KINDS)
 

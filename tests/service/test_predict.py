@@ -58,6 +58,7 @@ from mlsys.tables import BIGQUERY_TO_ARROW, TableInfo, bigquery_column
 from service.contract import PredictRequest
 from service.plan import Columns, Feature, ModelNeeds, Plan, make_plan, result_columns
 from service.predict import Predictor, describe, predict_stream
+from service.sizing import ChunkSize
 from tests.service.estimators import (
     Answers,
     CountingLogistic,
@@ -844,6 +845,10 @@ def plan_for(
     )
 
 
+def sizes_of(plan: Plan) -> ChunkSize:
+    return ChunkSize(plan.chunk_rows, most_bytes=2**23)
+
+
 async def stream(
     predictor: Predictor,
     plan: Plan,
@@ -866,6 +871,7 @@ async def stream(
                 batches_out,
                 results_in,
                 limiter=limiter or anyio.CapacityLimiter(1),
+                sizes=sizes_of(plan),
                 stream=number,
             )
             return [result async for result in results_out]
@@ -976,7 +982,12 @@ def test_every_row_before_the_chunk_that_failed_has_gone_on() -> None:
             batches_in.send_nowait(rows.to_batches()[0])
             with pytest.raises(ModelRaised):
                 await predict_stream(
-                    predictor, plan, batches_out, results_in, limiter=anyio.CapacityLimiter(1)
+                    predictor,
+                    plan,
+                    batches_out,
+                    results_in,
+                    limiter=anyio.CapacityLimiter(1),
+                    sizes=sizes_of(plan),
                 )
             sent.extend([each async for result in results_out for each in result["id"].to_pylist()])
             # Both of its ends are closed, so that its neighbours end too.
@@ -1261,6 +1272,7 @@ def test_a_run_that_is_cancelled_ends_at_once_though_the_model_is_at_work() -> N
                             batches_out,
                             results_in,
                             limiter=anyio.CapacityLimiter(1),
+                            sizes=sizes_of(plan),
                         )
                     )
                     await wait_for(model.entered)

@@ -43,6 +43,7 @@ def test_it_starts_with_nothing_set_and_ends_when_told_to() -> None:
     with service_process({"PATH": os.environ["PATH"], "NO_GCE_CHECK": "true"}) as process:
         assert httpx2.get(f"{process.url}/health").json() == {"status": "ok"}
         assert httpx2.get(process.url).json()["service"] == "mlsys"
+        process.wait_for_line("clients not opened yet")
         process.process.send_signal(signal.SIGINT)
 
         assert process.ends(within=GRACE) == 0
