@@ -9,15 +9,18 @@ from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime
 
 import anyio
+import numpy as np
 import psutil
 import pytest
 
 from mlsys.errors import OutOfMemory, TooManyRuns
+from mlsys.gcs import Blob
 from mlsys.local import LocalServers
 from mlsys.settings import Settings
 from service.contract import ModelUsed, PredictRequest, PredictResult
 from service.logs import configure_logging
 from service.memory import MIB, Memory, peak_memory_bytes
+from service.model import ModelCache
 from service.runs import Run, Runs
 from tests.conftest import Client, Cloud
 from tests.service import models
@@ -276,6 +279,36 @@ async def test_a_watch_begins_anew_with_the_next_run() -> None:
             assert isinstance(run.error, OutOfMemory)
             del held
             await anyio.wait_all_tasks_blocked()
+
+
+def blob(name: str, mib: int) -> Blob:
+    return Blob("mlsys-models-dev", f"{name}/v1/model.pkl", 1, mib * MIB, "")
+
+
+@pytest.mark.anyio
+async def test_models_that_are_kept_go_where_another_would_not_fit_beside_them() -> None:
+    memory, loads = Memory(limit_above_use(300), 1), []
+
+    async def load(wanted: Blob) -> np.ndarray:
+        loads.append(wanted)
+        return np.ones(200 * MIB // 8)
+
+    with anyio.fail_after(PATIENCE):
+        async with anyio.create_task_group() as tasks:
+            cache, kept = ModelCache(PLENTY, tasks, memory), blob("kept", 1)
+            for _ in range(2):
+                await cache.get(kept, load)
+            await cache.make_room(blob("small", 10))
+            await cache.get(kept, load)
+            assert loads == [kept]
+
+            await cache.make_room(blob("large", 100))
+
+            assert memory.fits(200 * MIB)
+            await cache.get(kept, load)
+            assert loads == [kept, kept]
+            with pytest.raises(OutOfMemory, match=r"too-large/v1/model.pkl takes about 800 MiB"):
+                await cache.make_room(blob("too-large", 400))
 
 
 LIMIT = 700 * MIB

@@ -316,6 +316,12 @@ class Schedules(RuleBasedStateMachine):
     def called(self, skew: float) -> None:
         self.start(skew)
 
+    @precondition(lambda self: len(self.under_way) < MOST_INSTANCES)
+    @rule(calls=st.integers(1, 10))
+    def taken_over(self, calls: int) -> None:
+        self.wait(2 * LEASE)
+        self.undisturbed(self.start(0.0), calls)
+
     def start(self, skew: float) -> Instance:
         instance = Instance(len(self.world.instances), skew)
         self.world.instances.append(instance)
@@ -366,6 +372,11 @@ class Schedules(RuleBasedStateMachine):
     @rule(which=some(MOST_INSTANCES), calls=st.integers(1, 10))
     def goes_on(self, which: int, calls: int) -> None:
         self.undisturbed(pick(self.under_way, which), calls)
+
+    @precondition(lambda self: self.under_way)
+    @rule(which=some(MOST_INSTANCES))
+    def is_left_alone(self, which: int) -> None:
+        self.undisturbed(pick(self.under_way, which), ENOUGH)
 
     @precondition(lambda self: self.world.waiting)
     @rule(which=some(8))
