@@ -68,6 +68,12 @@ class Settings(BaseSettings):
         256 * MIB, description="Size of the artifacts that are kept unpickled"
     )
     max_runs: PositiveInt = Field(2, description="Runs at once; further ones are answered 429")
+    memory_limit_bytes: PositiveInt | None = Field(
+        None, description="Memory of this instance; unset: what its container or the machine has"
+    )
+    run_memory_bytes: PositiveInt = Field(
+        64 * MIB, description="Memory that a run is expected to take, for it to begin beside others"
+    )
     lease_seconds: PositiveFloat = Field(
         30, description="How long a run that tells nothing of itself is taken to be alive"
     )

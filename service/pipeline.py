@@ -7,9 +7,10 @@ counted, one call commits what they have written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 import anyio
 import structlog
@@ -31,7 +32,7 @@ from service.shard import Means, Shard, Task, run_shard
 from service.sizing import ChunkSize
 from service.threads import Threads
 from service.trial import interpreter_bound
-from service.workers import assignments, run_in_processes
+from service.workers import WORKER_BYTES, assignments, run_in_processes
 
 _log = structlog.get_logger(__name__)
 
@@ -153,32 +154,66 @@ async def append(
     clients: Clients,
     settings: Settings,
     limiter: anyio.CapacityLimiter,
+    fits: Callable[[int], bool],
     progress: Callable[[int], None],
 ) -> tuple[tuple[str, ...], int]:
     """Predicts every row into pending streams, which nobody sees.
 
     Args:
         limiter: bounds the predict calls at once over all runs of the process.
+        fits: whether there is room in memory for so many bytes more.
         progress: told the number of rows of each acknowledged append.
 
     Returns:
         The streams, finalized; and the number of rows in them: all there are.
     """
     plan = job.plan
-    if plan.creates_output:
-        await create_table(
-            clients.bigquery,
-            plan.output,
-            plan.output_columns,
-            retry_seconds=settings.retry_seconds,
+    found: dict[str, Any] = {}
+
+    async def try_model() -> None:
+        found["workers"] = await _workers(
+            job, clients=clients, settings=settings, limiter=limiter, fits=fits
         )
-    shards = await _create_shards(clients, job.session, plan, settings)
-    _log.info("run started", rows=plan.rows, streams=len(shards), chunk_rows=plan.chunk_rows)
-    counts = await _run_shards(
-        shards, job, clients=clients, settings=settings, limiter=limiter, progress=progress
-    )
+
+    async def make_places() -> None:
+        if plan.creates_output:
+            await create_table(
+                clients.bigquery,
+                plan.output,
+                plan.output_columns,
+                retry_seconds=settings.retry_seconds,
+            )
+        found["shards"] = await _create_shards(clients, job.session, plan, settings)
+
+    async with task_group() as tasks:
+        tasks.start_soon(try_model)
+        tasks.start_soon(make_places)
+    shards, workers = found["shards"], found["workers"]
+    _log.info("run started", rows=plan.rows, streams=len(shards), processes=workers)
+    if workers:
+        told = assignments(
+            job,
+            shards,
+            workers,
+            blob=job.model.blob,
+            metadata=job.model.metadata,
+            settings=settings,
+        )
+        counts = await run_in_processes(told, job.sizes, progress)
+    else:
+        # A model's own threads, where there are fewer shards than cores.
+        threads = max(1, int(limiter.total_tokens) // max(1, len(shards)))
+        means = Means(
+            api=clients.storage,
+            settings=settings,
+            limiter=limiter,
+            sizes=job.sizes,
+            threads=await anyio.to_thread.run_sync(Threads, threads),
+            progress=progress,
+        )
+        counts = await _run_shards(shards, job, means)
     await _finalize(clients, shards, counts, settings)
-    return tuple(shard.sink for shard in shards), sum(counts)
+    return tuple(shard.sink for shard in shards), sum(counts.values())
 
 
 async def commit(
@@ -246,18 +281,19 @@ async def _create_shards(
     ]
 
 
-async def _run_shards(
-    shards: Sequence[Shard],
+async def _workers(
     job: Job,
     *,
     clients: Clients,
     settings: Settings,
     limiter: anyio.CapacityLimiter,
-    progress: Callable[[int], None],
-) -> list[int]:
-    calls = min(len(shards), int(limiter.total_tokens))
-    workers = min(calls, settings.worker_processes)
-    if workers > 1 and await interpreter_bound(
+    fits: Callable[[int], bool],
+) -> int:
+    """In how many processes the run is to take place; 0: in this one."""
+    calls = min(len(job.session.streams), int(limiter.total_tokens), settings.worker_processes)
+    if calls < 2 or not fits(calls * WORKER_BYTES):
+        return 0
+    if await interpreter_bound(
         job,
         job.table_rows,
         api=clients.storage,
@@ -265,26 +301,12 @@ async def _run_shards(
         limiter=limiter,
         calls=calls,
     ):
-        told = assignments(
-            job,
-            shards,
-            workers,
-            blob=job.model.blob,
-            metadata=job.model.metadata,
-            settings=settings,
-        )
-        counts = await run_in_processes(told, job.sizes, progress)
-        return [counts[shard.number] for shard in shards]
-    each = max(1, int(limiter.total_tokens) // max(1, len(shards)))
-    means = Means(
-        api=clients.storage,
-        settings=settings,
-        limiter=limiter,
-        sizes=job.sizes,
-        threads=await anyio.to_thread.run_sync(Threads, each),
-        progress=progress,
-    )
-    counts = [0] * len(shards)
+        return calls
+    return 0
+
+
+async def _run_shards(shards: Sequence[Shard], job: Job, means: Means) -> dict[int, int]:
+    counts: dict[int, int] = {}
 
     async def run(shard: Shard) -> None:
         counts[shard.number] = await run_shard(shard, job, means)
@@ -296,7 +318,7 @@ async def _run_shards(
 
 
 async def _finalize(
-    clients: Clients, shards: Sequence[Shard], counts: Sequence[int], settings: Settings
+    clients: Clients, shards: Sequence[Shard], counts: Mapping[int, int], settings: Settings
 ) -> None:
     async def finalize(shard: Shard) -> None:
         stored = await finalize_stream(

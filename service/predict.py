@@ -32,7 +32,7 @@ from mlsys.errors import InvalidRequest, ModelRaised, ModelUnusable, redacted
 from mlsys.frame import FrameKind, to_frame
 from mlsys.tables import BIGQUERY_TO_ARROW, bigquery_column, standard_type
 from service.plan import TOLD, Output, Plan, output_schema
-from service.sizing import ChunkSize
+from service.sizing import ChunkSize, Cost
 from service.threads import Threads
 
 PREDICTION, PROBABILITY = "Prediction", "PredictionProbability"
@@ -337,10 +337,10 @@ async def predict_stream(
         schema = output_schema(plan, chunk.schema)
         work = partial(_predict_chunk, predictor, chunk, told, schema)
         try:
-            results, seconds = await in_thread(partial(_timed, work, threads), limiter)
+            results, cost = await in_thread(partial(_timed, work, threads), limiter)
         except _Blame as blame:
             raise blame.named(stream, row) from blame.__cause__
-        sizes.learn(chunk.num_rows, seconds, chunk.nbytes)
+        sizes.learn(chunk.num_rows, cost, chunk.nbytes)
         rechunker.rows = sizes.rows
         for result in results:
             await out.send(result)
@@ -356,10 +356,10 @@ async def predict_stream(
             await predict(chunk)
 
 
-def _timed[T](work: Callable[[], T], threads: Threads | None) -> tuple[T, float]:
-    start = time.perf_counter()
+def _timed[T](work: Callable[[], T], threads: Threads | None) -> tuple[T, Cost]:
+    start, on_core = time.perf_counter(), time.thread_time()
     result = work() if threads is None else threads.call(work)
-    return result, time.perf_counter() - start
+    return result, Cost(time.perf_counter() - start, time.thread_time() - on_core)
 
 
 async def in_thread[T](work: Callable[[], T], limiter: anyio.CapacityLimiter) -> T:

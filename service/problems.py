@@ -34,6 +34,7 @@ _STATUS: tuple[tuple[type[MlsysError], int, str], ...] = (
     (errors.ModelUnusable, 500, "The model can't be used"),
     (errors.ModelRaised, 500, "The model raised an exception"),
     (errors.IntegrityError, 500, "Rows went missing on the way"),
+    (errors.OutOfMemory, 503, "Not enough memory"),
     (errors.Unavailable, 503, "Not available just now"),
 )
 

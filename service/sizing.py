@@ -10,17 +10,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 # Where growth begins: a scikit-learn pipeline's fixed cost, about a millisecond, is shared by this
 # many rows, and the most expensive of models answers for them within seconds.
 FIRST_ROWS = 2048
 # Below this, chunks are not what takes the memory.
 FEWEST_ROWS = 64
-# A size is judged by the quickest of so many calls: the machine is shared, the model's cost is not.
+# A size is judged by the cheapest of so many calls.
 _CALLS = 3
 # Twice the rows have to cost this much less a row: each doubling also doubles what is in memory.
 _WORTH = 0.95
 _LONGEST_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a predict call took: seconds by the clock, and those of its thread on a core.
+
+    The latter say what a row costs, also where other threads and processes are at work.
+    """
+
+    seconds: float
+    on_core: float
 
 
 class ChunkSize:
@@ -40,18 +52,18 @@ class ChunkSize:
         self._calls = 0
         self._followers: list[Callable[[], None]] = []
 
-    def learn(self, rows: int, seconds: float, size: int) -> None:
-        """Takes note of a call: its rows, how long it took, and the bytes of its chunk."""
+    def learn(self, rows: int, cost: Cost, size: int) -> None:
+        """Takes note of a call: its rows, what it cost, and the bytes of its chunk."""
         if self._settled or rows != self.rows:
             return
-        self._quickest = min(self._quickest, seconds / rows)
+        self._quickest = min(self._quickest, cost.on_core / rows)
         self._calls += 1
         if self._calls < _CALLS:
             return
         if self._quickest > _WORTH * self._smaller:
             # The smaller chunk was as good.
             self._settle(rows // 2)
-        elif 2 * seconds > _LONGEST_SECONDS or 2 * size > self._most_bytes:
+        elif 2 * cost.seconds > _LONGEST_SECONDS or 2 * size > self._most_bytes:
             self._settle(rows)
         else:
             self._smaller, self._quickest, self._calls = self._quickest, math.inf, 0

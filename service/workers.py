@@ -41,6 +41,9 @@ from service.threads import Threads
 
 _log = structlog.get_logger(__name__)
 
+# What a worker was seen to hold beside the pages that it shares, its part of the server included.
+WORKER_BYTES = 160 * 2**20
+
 _SHRINK = "shrink"
 _END_SECONDS = 5
 

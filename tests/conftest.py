@@ -58,7 +58,8 @@ def servers() -> Iterator[LocalServers]:
 
 @pytest.fixture(scope="session")
 def settings(servers: LocalServers) -> Settings:
-    return servers.settings(retry_seconds=10, progress_seconds=0.05)
+    # A service in this process shares its memory with the tests and the local servers.
+    return servers.settings(retry_seconds=10, progress_seconds=0.05, memory_limit_bytes=2**40)
 
 
 @dataclass(frozen=True)

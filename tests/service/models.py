@@ -195,3 +195,16 @@ class PythonPerRow(Doubles):
         while time.thread_time() < end:
             pass
         return super().predict(rows)
+
+
+class EatsMemory(Doubles):
+    """Takes so many MiB more in each call, and keeps them."""
+
+    def __init__(self, mib: int) -> None:
+        self.mib = mib
+        self.eaten: list[np.ndarray] = []
+
+    def predict(self, rows: Any) -> np.ndarray:
+        if len(rows) > 1:
+            self.eaten.append(np.ones(self.mib << 17))
+        return super().predict(rows)

@@ -1,0 +1,108 @@
+"""Rows a second and memory, by the rows of a predict call, the model and the read streams.
+
+    python -m benchmarks.chunk_sizes [--quick]
+
+A fresh service for each model and number of streams predicts with chunks of 1,024 rows, then 4
+times as many, up to a million. So its peak is that of the largest chunks so far. `adaptive` is what
+the service chooses by itself, in a service of its own. A chunk is never larger than a stream is
+long: sizes beyond that are left out.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from benchmarks import models
+from benchmarks.harness import Report, arguments, service
+from benchmarks.models import Kind
+from benchmarks.storage_server import Synthetic, synthetic_servers
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+ADAPTIVE = "adaptive"
+SIZES = tuple(4**power for power in range(5, 11))
+STREAMS = (1, 2, 4)
+ROWS = {
+    models.LINEAR: 2**21,
+    models.BOOSTING: 2**18,
+    models.FOREST: 2**16,
+    models.STRINGS: 2**18,
+}
+QUICKLY = 4
+
+
+def main() -> None:
+    options = arguments(__doc__)
+    report = Report("chunk_sizes", "By the rows of a predict call", options.quick)
+    with synthetic_servers() as synthetic:
+        models.publish(synthetic.servers.settings(), *ROWS)
+        for kind, rows in ROWS.items():
+            for streams in STREAMS[:2] if options.quick else STREAMS:
+                measure(
+                    report, synthetic, kind, rows // QUICKLY if options.quick else rows, streams
+                )
+    for kind in ROWS:
+        best = max(row["rows_per_second"] for row in of(report, kind))
+        chosen = max(row["rows_per_second"] for row in of(report, kind, chunk_rows=ADAPTIVE))
+        report.check(f"{kind.title}: adaptive, over the best of all", chosen / best, least=0.9)
+    report.save(lambda figure: draw(report, figure))
+
+
+def measure(report: Report, synthetic: Synthetic, kind: Kind, rows: int, streams: int) -> None:
+    with service(synthetic, read_streams=streams) as running:
+        running.warm_up(kind)
+        note(report, kind, streams, ADAPTIVE, running.predict(kind, rows).told())
+    with service(synthetic, read_streams=streams) as running:
+        running.warm_up(kind)
+        for size in SIZES:
+            if size <= rows // streams:
+                told = running.predict(kind, rows, chunk_rows=size).told()
+                note(report, kind, streams, size, told)
+
+
+def note(
+    report: Report, kind: Kind, streams: int, chunk_rows: int | str, told: dict[str, Any]
+) -> None:
+    report.add(model=kind.name, streams=streams, chunk_rows=chunk_rows, **told)
+
+
+def of(report: Report, kind: Kind, **wanted: Any) -> list[dict[str, Any]]:
+    wanted["model"] = kind.name
+    return [row for row in report.rows if wanted.items() <= row.items()]
+
+
+def draw(report: Report, figure: Figure) -> None:
+    figure.set_size_inches(7, 9)
+    for place, kind in enumerate(ROWS):
+        for side, column in enumerate(("rows_per_second", "peak_mib")):
+            axes = figure.add_subplot(len(ROWS), 2, 2 * place + side + 1)
+            _lines(axes, report, kind, column)
+            axes.set_title(f"{kind.title}: " + ("MiB" if side else "rows a second"))
+            if not place and not side:
+                axes.legend()
+            if place == len(ROWS) - 1:
+                axes.set_xlabel("rows of a chunk (◆ adaptive)")
+
+
+def _lines(axes: Axes, report: Report, kind: Kind, column: str) -> None:
+    for streams in STREAMS:
+        rows = of(report, kind, streams=streams)
+        fixed = [row for row in rows if row["chunk_rows"] != ADAPTIVE]
+        if not fixed:
+            continue
+        [line] = axes.plot(
+            [row["chunk_rows"] for row in fixed],
+            [row[column] for row in fixed],
+            label=f"{streams} stream" + "s" * (streams > 1),
+            marker=".",
+        )
+        chosen = [row[column] for row in rows if row["chunk_rows"] == ADAPTIVE]
+        axes.plot([SIZES[0] / 3], chosen, marker="D", linestyle="", color=line.get_color())
+    axes.set_xscale("log", base=4)
+    axes.set_ylim(bottom=0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Whether rows should come compressed: the fastest way to read, by the speed of the network.
+
+    python -m benchmarks.compression [--quick]
+
+Reading alone (see `benchmarks.parts`), with messages as they are, in LZ4 and in ZSTD, from a server
+that sends as fast as it can, and from one that sends no more than so many bytes a second. The
+numeric table is mostly random floats, which nothing makes smaller; the mixed one has few words.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from benchmarks import models
+from benchmarks.harness import Report, arguments
+from benchmarks.parts import CODECS, alone
+from benchmarks.storage_server import Synthetic, synthetic_servers
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+ROWS = 2_000_000
+KINDS = {"numeric": models.LINEAR, "mixed": models.STRINGS}
+# Bytes a second: all that loopback gives, and 1 and 0.3 Gbit/s.
+NETWORKS = {"loopback": 0, "125 MB/s": 125e6, "40 MB/s": 40e6}
+
+
+def main() -> None:
+    options = arguments(__doc__)
+    report = Report("compression", "Reading compressed rows", options.quick)
+    rows = ROWS // 10 if options.quick else ROWS
+    with synthetic_servers() as synthetic:
+        models.publish(synthetic.servers.settings(), *KINDS.values())
+        for network, bandwidth in NETWORKS.items():
+            synthetic.set(read_bandwidth=bandwidth)
+            for table in KINDS:
+                for codec in CODECS:
+                    note(report, synthetic, network, table, codec, rows)
+    report.save(lambda figure: draw(report, figure))
+
+
+def note(
+    report: Report, synthetic: Synthetic, network: str, table: str, codec: str, rows: int
+) -> None:
+    synthetic.anew()
+    part = alone(synthetic, "read", KINDS[table], rows, codec=codec)
+    counted = synthetic.counted()
+    report.add(
+        network=network,
+        table=table,
+        codec=codec,
+        rows_per_second=rows / part.seconds,
+        bytes_per_row=counted.bytes_read / counted.rows_read,
+        cpu_us_per_row=1e6 * part.cpu_seconds / rows,
+    )
+
+
+def draw(report: Report, figure: Figure) -> None:
+    for place, table in enumerate(KINDS):
+        axes = figure.add_subplot(1, len(KINDS), place + 1)
+        for codec in CODECS:
+            rates = [
+                row["rows_per_second"]
+                for row in report.rows
+                if (row["table"], row["codec"]) == (table, codec)
+            ]
+            axes.plot(list(NETWORKS), rates, marker="o", label=codec)
+        axes.set(title=f"{table} table", yscale="log")
+        if not place:
+            axes.set_ylabel("rows a second, log scale")
+            axes.legend()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,273 @@
+"""The parts of a run alone: only reading, only predicting, only appending.
+
+    python -m benchmarks.parts read linear 1000000
+
+Each is measured in a process of its own, with the code that the service uses, the same streams and
+chunks, and nothing behind or before it. What is measured begins when all is imported, opened and
+loaded, and a first small part has been done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from itertools import cycle, islice
+from typing import Any
+
+import anyio
+import pyarrow as pa
+from google.cloud.bigquery_storage_v1 import types
+
+from benchmarks import models, tables
+from benchmarks.models import Kind
+from benchmarks.storage_server import ROOT, Synthetic
+from mlsys.append import AppendLimits, append_stream, create_stream
+from mlsys.chunk import Rechunker
+from mlsys.clients import Clients, open_clients
+from mlsys.local import LocalServers
+from mlsys.read import ReadSession, read_stream
+from mlsys.settings import Settings
+from service.contract import PredictRequest
+from service.model import ModelCache
+from service.pipeline import Job, prepare
+from service.plan import output_schema
+from service.predict import predict_stream
+
+PARTS = ("read", "predict", "append")
+CODECS = ("none", "LZ4_FRAME", "ZSTD")
+_WARM_UP_ROWS = 50_000
+# Chunks and results that are made before the clock starts, and used over and over.
+_KEPT = 8
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a part took: by the clock, and in CPU seconds of this process and of the server."""
+
+    rows: int
+    seconds: float
+    cpu_seconds: float
+    server_cpu_seconds: float
+
+    @property
+    def all_cpu_seconds(self) -> float:
+        return self.cpu_seconds + self.server_cpu_seconds
+
+
+def alone(
+    synthetic: Synthetic, part: str, kind: Kind, rows: int, *, codec: str = "none", **settings: Any
+) -> Part:
+    """Measures one part in a fresh process."""
+    env = os.environ | {"PYTHONPATH": str(ROOT)} | synthetic.servers.env
+    env |= {name.upper(): str(value) for name, value in settings.items()}
+    if part == "predict":
+        # As many threads as the service has predict there; each has a core to itself.
+        env |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "benchmarks.parts", part, kind.name, str(rows), codec]
+    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, check=True)
+    # The last line: what the pipeline logs comes before it.
+    return Part(**json.loads(done.stdout.splitlines()[-1]))
+
+
+async def measure(part: str, kind: Kind, rows: int, codec: str) -> Part:
+    settings = Settings(_env_file=None)
+    servers = LocalServers(
+        settings.bigquery_emulator_host,
+        settings.bigquery_storage_emulator_host,
+        settings.storage_emulator_host,
+    )
+    synthetic = Synthetic(servers, 0)
+    async with open_clients(settings) as clients, anyio.create_task_group() as tasks:
+        cache = ModelCache(settings.model_cache_bytes, tasks)
+
+        async def work_on(rows: int) -> Callable[[], Awaitable[None]]:
+            job = await _job(synthetic, kind, rows, clients, cache, settings)
+            session = await _session(clients, job, settings, codec)
+            return await _WORK[part](job, session, rows, clients, settings)
+
+        await (await work_on(_WARM_UP_ROWS))()
+        work = await work_on(rows)
+        before = await anyio.to_thread.run_sync(synthetic.counted)
+        clock, cpu = time.perf_counter(), time.process_time()
+        await work()
+        clock, cpu = time.perf_counter() - clock, time.process_time() - cpu
+        after = await anyio.to_thread.run_sync(synthetic.counted)
+        return Part(rows, clock, cpu, after.cpu_seconds - before.cpu_seconds)
+
+
+async def _job(
+    synthetic: Synthetic,
+    kind: Kind,
+    rows: int,
+    clients: Clients,
+    cache: ModelCache,
+    settings: Settings,
+) -> Job:
+    request = PredictRequest(
+        env="dev",
+        input_table=synthetic.table(kind.table, rows),
+        output_table=synthetic.output("alone"),
+        model_name=kind.name,
+        model_version="v1",
+        id_columns=["id"],
+    )
+    return await prepare(
+        request,
+        run_id="alone",
+        now=datetime.now(UTC),
+        pins=None,
+        clients=clients,
+        cache=cache,
+        settings=settings,
+    )
+
+
+async def _session(clients: Clients, job: Job, settings: Settings, codec: str) -> ReadSession:
+    """The job's session; or one like it, whose rows come compressed."""
+    if codec == "none":
+        return job.session
+    message = types.CreateReadSessionRequest.pb()(
+        parent=f"projects/{settings.gcp_project_id}", max_stream_count=settings.read_streams
+    )
+    message.read_session.table = job.plan.input.resource
+    message.read_session.data_format = types.DataFormat.ARROW
+    options = message.read_session.read_options
+    options.selected_fields.extend(job.plan.columns.read)
+    options.arrow_serialization_options.buffer_compression = (
+        types.ArrowSerializationOptions.CompressionCodec[codec]
+    )
+    told = await clients.storage.create_read_session(message)
+    streams = tuple(stream.name for stream in told.streams)
+    return ReadSession(job.session.table, job.session.schema, streams)
+
+
+async def _reading(
+    job: Job, session: ReadSession, rows: int, clients: Clients, settings: Settings
+) -> Callable[[], Awaitable[None]]:
+    """Every stream is read, and its batches are dropped."""
+    counted = 0
+
+    async def drop(batches: Any) -> None:
+        nonlocal counted
+        async for batch in batches:
+            counted += batch.num_rows
+
+    async def work() -> None:
+        async with anyio.create_task_group() as tasks:
+            for stream in session.streams:
+                sent, received = anyio.create_memory_object_stream[pa.RecordBatch](0)
+                tasks.start_soon(read_stream, clients.storage, session, stream, sent)
+                tasks.start_soon(drop, received)
+        assert counted == rows
+
+    return work
+
+
+async def _predicting(
+    job: Job, session: ReadSession, rows: int, clients: Clients, settings: Settings
+) -> Callable[[], Awaitable[None]]:
+    """The same chunks again and again, by as many threads as the service has."""
+    chunks = _chunks(job, session)
+    calls = -(-rows // chunks[0].num_rows)
+
+    def predict(chunk: pa.Table) -> int:
+        return len(job.predictor(chunk)[0])
+
+    def predict_all() -> None:
+        with ThreadPoolExecutor(settings.predict_threads) as threads:
+            done = sum(threads.map(predict, islice(cycle(chunks), calls)))
+        assert done >= rows
+
+    async def work() -> None:
+        await anyio.to_thread.run_sync(predict_all)
+
+    return work
+
+
+def _chunks(job: Job, session: ReadSession) -> list[pa.Table]:
+    """Chunks as a run makes them of the messages that it reads."""
+    kind = tables.shape_of(job.plan.input.table).kind
+    message = tables.message(kind, tuple(job.plan.columns.read))
+    rechunker, chunks = Rechunker(job.plan.chunk_rows), []
+    while len(chunks) < _KEPT:
+        chunks += rechunker.push(message)
+    return chunks
+
+
+async def _appending(
+    job: Job, session: ReadSession, rows: int, clients: Clients, settings: Settings
+) -> Callable[[], Awaitable[None]]:
+    """The same results again and again, into as many streams as the service has."""
+    results = await _results(job, session)
+    schema = output_schema(job.plan, session.schema)
+    limits = AppendLimits(settings.append_request_bytes, settings.append_unacked_bytes)
+    sinks = [await create_stream(clients.storage, job.plan.output) for _ in session.streams]
+
+    async def append(sink: str, rows: int) -> None:
+        sent, received = anyio.create_memory_object_stream[pa.RecordBatch](0)
+
+        async def send() -> None:
+            left = rows
+            async with sent:
+                for batch in cycle(results):
+                    if not left:
+                        return
+                    part = batch.slice(0, left)
+                    await sent.send(part)
+                    left -= part.num_rows
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(send)
+            stored = await append_stream(clients.storage, sink, schema, received, limits=limits)
+        assert stored == rows
+
+    async def work() -> None:
+        async with anyio.create_task_group() as tasks:
+            for number, sink in enumerate(sinks):
+                share = rows // len(sinks) + (number < rows % len(sinks))
+                tasks.start_soon(append, sink, share)
+
+    return work
+
+
+async def _results(job: Job, session: ReadSession) -> list[pa.RecordBatch]:
+    sent, received = anyio.create_memory_object_stream[pa.RecordBatch](0)
+    out, results = anyio.create_memory_object_stream[pa.RecordBatch](math.inf)
+    limiter = anyio.CapacityLimiter(1)
+    async with anyio.create_task_group() as tasks, sent, results:
+        tasks.start_soon(
+            lambda: predict_stream(job.predictor, job.plan, received, out, limiter=limiter)
+        )
+        for chunk in _chunks(job, session):
+            for batch in chunk.to_batches():
+                await sent.send(batch)
+        await sent.aclose()
+        return [result async for result in results]
+
+
+_WORK = {"read": _reading, "predict": _predicting, "append": _appending}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("kind", choices=[kind.name for kind in models.KINDS])
+    parser.add_argument("rows", type=int)
+    parser.add_argument("codec", nargs="?", default="none", choices=CODECS)
+    options = parser.parse_args()
+    [kind] = [kind for kind in models.KINDS if kind.name == options.kind]
+    part = anyio.run(measure, options.part, kind, options.rows, options.codec)
+    print(json.dumps(asdict(part)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""A model that is bound by the interpreter: threads of one process beside what the service chooses.
+
+    python -m benchmarks.workers [--quick]
+
+A text vectorizer is Python from end to end, and threads of one process take turns at that. Unless
+it is told not to, the service finds that out and predicts in several processes. The linear model is
+there to see that others lose nothing by it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from benchmarks import models
+from benchmarks.harness import Report, arguments, bars, service
+from benchmarks.storage_server import synthetic_servers
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+WANTED = 1.8
+ROWS = 600_000
+# The setting that keeps the service from starting processes, for one that may.
+FORBIDDEN = {"worker_processes": 0}
+CASES = {"one process": FORBIDDEN, "as the service chooses": {}}
+
+
+def main() -> None:
+    options = arguments(__doc__)
+    report = Report("workers", "A model that is bound by the interpreter", options.quick)
+    rows = ROWS // 10 if options.quick else ROWS
+    with synthetic_servers() as synthetic:
+        for kind in (models.TEXT, models.LINEAR):
+            many = rows if kind is models.TEXT else 10 * rows
+            models.publish(synthetic.servers.settings(), kind)
+            for case, settings in CASES.items():
+                with service(synthetic, **settings) as running:
+                    running.warm_up(kind)
+                    measured = running.predict(kind, many)
+                report.add(model=kind.title, case=case, **measured.told())
+    alone, chosen = (row["rows_per_second"] for row in report.rows[:2])
+    report.check("text vectorizer: as chosen, over one process", chosen / alone, least=WANTED)
+    report.save(lambda figure: draw(report, figure))
+
+
+def draw(report: Report, figure: Figure) -> None:
+    rows = report.rows[:2]
+    values = {"rate": [row["rows_per_second"] for row in rows]}
+    axes = bars(figure, [row["case"] for row in rows], values, "rows a second")
+    axes.set_title(f"{models.TEXT.title.capitalize()} (more is faster)")
+
+
+if __name__ == "__main__":
+    main()
