@@ -35,6 +35,7 @@ _BUDGET, _BRINK = 0.8, 0.92
 # The limit of the container, by version 2 and 1 of control groups.
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
+_PSS = re.compile(rb"^Pss:\s+(\d+) kB$", re.M)
 _VM_HWM = re.compile(rb"^VmHWM:\s+(\d+) kB$", re.M)
 
 
@@ -49,7 +50,7 @@ class Memory:
     def __init__(self, limit: int | None, run_bytes: int) -> None:
         self.limit = limit or _limit()
         self.run_bytes = run_bytes
-        self._children: frozenset[int] = frozenset()
+        self._below: dict[int, int] = {}
         self._peak = 0
         # One thread, so that what tidies up never waits for what predicts.
         self._limiter = anyio.CapacityLimiter(1)
@@ -70,10 +71,10 @@ class Memory:
         return int(self.limit * _BRINK)
 
     def used(self) -> int:
-        """Bytes in use now, by this process and by those below it that were found last."""
-        own, _ = _resident("self")
-        # What they share with this process, the libraries above all, is counted once.
-        used = own + sum(held - shared for held, shared in map(_resident, self._children))
+        """Bytes in use now by this process, and by those below it as they were found last."""
+        used = _resident("self") + sum(
+            held for process, held in self._below.items() if _resident(process)
+        )
         self._peak = max(self._peak, used)
         return used
 
@@ -87,9 +88,9 @@ class Memory:
         """Whether there is room for so many bytes more."""
         return self.used() + size <= self.budget
 
-    async def find_children(self) -> None:
-        """Looks for the processes below this one, off the event loop: there may be many to ask."""
-        self._children = await anyio.to_thread.run_sync(_descendants, limiter=self._limiter)
+    async def look_below(self) -> None:
+        """Looks at the processes below this one, off the event loop: there may be many to ask."""
+        self._below = await anyio.to_thread.run_sync(_held_below, limiter=self._limiter)
 
     async def release(self) -> None:
         """Gives back to the system what nobody needs any more, off the event loop."""
@@ -117,10 +118,22 @@ def _limit() -> int:
     return min([machine, *limits])
 
 
-def _resident(process: int | str) -> tuple[int, int]:
-    """Bytes that a process holds, and those of them that are of files or shared."""
+def _resident(process: int | str) -> int:
+    """Bytes that a process holds; 0 where it has ended."""
     pages = _read(f"/proc/{process}/statm").split()
-    return (int(pages[1]) * _PAGE, int(pages[2]) * _PAGE) if pages else (0, 0)
+    return int(pages[1]) * _PAGE if pages else 0
+
+
+def _held_below() -> dict[int, int]:
+    """Bytes that each process below this one holds; what several share is shared out among them.
+
+    Workers are forks of one process, so they have most of their pages in common.
+    """
+    held = {}
+    for process in _descendants():
+        pss = _PSS.search(_read(f"/proc/{process}/smaps_rollup"))
+        held[process] = int(pss[1]) * 1024 if pss else _resident(process)
+    return held
 
 
 def _descendants() -> frozenset[int]:

@@ -231,7 +231,7 @@ class _Watch:
 
     async def _tidy(self) -> None:
         while True:
-            await self._memory.find_children()
+            await self._memory.look_below()
             if self._memory.used() > self._memory.budget:
                 await self._memory.release()
             await anyio.sleep(_TIDY_SECONDS)

@@ -83,11 +83,11 @@ def test_what_this_process_holds_is_counted() -> None:
 @pytest.mark.parametrize("below", [False, True], ids=["child", "child of a child"])
 def test_what_was_started_is_counted_with_it(below: bool) -> None:
     memory = Memory(PLENTY, MIB)
-    anyio.run(memory.find_children)
+    anyio.run(memory.look_below)
     before = memory.used()
 
     with holding(200, below=below):
-        anyio.run(memory.find_children)
+        anyio.run(memory.look_below)
         with_child = memory.used()
     # It has ended, and is not looked for again yet.
     after = memory.used()
@@ -166,14 +166,16 @@ def until(event: anyio.Event) -> Callable[[Run], Awaitable[PredictResult]]:
     return work
 
 
-def limit_above_use(mib: int, share: float = 0.8) -> int:
+async def limit_above_use(mib: int, share: float = 0.8) -> int:
     """A limit of which `share` is so many MiB more than what this process uses."""
-    return int((Memory(PLENTY, MIB).used() + mib * MIB) / share)
+    memory = Memory(PLENTY, MIB)
+    await memory.look_below()
+    return int((memory.used() + mib * MIB) / share)
 
 
 @pytest.mark.anyio
 async def test_a_run_begins_beside_others_only_where_there_is_room() -> None:
-    memory, let_go = Memory(limit_above_use(250), 100 * MIB), anyio.Event()
+    memory, let_go = Memory(await limit_above_use(250), 100 * MIB), anyio.Event()
     async with runs_within(memory) as runs:
         first, second = (runs.start(request(), until(let_go)) for _ in range(2))
         with pytest.raises(TooManyRuns, match="MiB of memory.* beside the 2 under way") as refused:
@@ -192,7 +194,7 @@ async def test_a_run_begins_beside_others_only_where_there_is_room() -> None:
 
 @pytest.mark.anyio
 async def test_what_is_in_use_counts_where_it_is_more_than_was_expected() -> None:
-    memory, let_go = Memory(limit_above_use(250), 100 * MIB), anyio.Event()
+    memory, let_go = Memory(await limit_above_use(250), 100 * MIB), anyio.Event()
     async with runs_within(memory) as runs:
         runs.start(request(), until(let_go))
         held = b"x" * (200 * MIB)
@@ -204,7 +206,7 @@ async def test_what_is_in_use_counts_where_it_is_more_than_was_expected() -> Non
 
 @pytest.mark.anyio
 async def test_a_run_that_is_alone_may_always_begin() -> None:
-    memory, let_go = Memory(limit_above_use(10), 100 * MIB), anyio.Event()
+    memory, let_go = Memory(await limit_above_use(10), 100 * MIB), anyio.Event()
     async with runs_within(memory) as runs:
         run = runs.start(request(), until(let_go))
         let_go.set()
@@ -215,7 +217,7 @@ async def test_a_run_that_is_alone_may_always_begin() -> None:
 
 @pytest.mark.anyio
 async def test_where_memory_gets_short_each_run_is_asked_for_less() -> None:
-    memory, let_go = Memory(limit_above_use(100), 1), anyio.Event()
+    memory, let_go = Memory(await limit_above_use(100), 1), anyio.Event()
     asked: list[str] = []
     all_asked = anyio.Event()
 
@@ -250,7 +252,7 @@ async def test_where_memory_gets_short_each_run_is_asked_for_less() -> None:
 
 @pytest.mark.anyio
 async def test_before_memory_runs_out_the_newest_run_ends_and_the_others_go_on() -> None:
-    memory, let_go = Memory(limit_above_use(100), 1), anyio.Event()
+    memory, let_go = Memory(await limit_above_use(100), 1), anyio.Event()
     async with runs_within(memory) as runs:
         older, newest = (runs.start(request(), until(let_go)) for _ in range(2))
         await anyio.wait_all_tasks_blocked()
@@ -270,7 +272,7 @@ async def test_before_memory_runs_out_the_newest_run_ends_and_the_others_go_on()
 
 @pytest.mark.anyio
 async def test_a_watch_begins_anew_with_the_next_run() -> None:
-    memory, let_go = Memory(limit_above_use(100), 1), anyio.Event()
+    memory, let_go = Memory(await limit_above_use(100), 1), anyio.Event()
     async with runs_within(memory) as runs:
         for _ in range(2):
             run = runs.start(request(), until(let_go))
@@ -287,7 +289,7 @@ def blob(name: str, mib: int) -> Blob:
 
 @pytest.mark.anyio
 async def test_models_that_are_kept_go_where_another_would_not_fit_beside_them() -> None:
-    memory, loads = Memory(limit_above_use(300), 1), []
+    memory, loads = Memory(await limit_above_use(300), 1), []
 
     async def load(wanted: Blob) -> np.ndarray:
         loads.append(wanted)
