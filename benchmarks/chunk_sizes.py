@@ -26,9 +26,9 @@ SIZES = tuple(4**power for power in range(5, 11))
 STREAMS = (1, 2, 4)
 ROWS = {
     models.LINEAR: 2**21,
-    models.BOOSTING: 2**18,
+    models.BOOSTING: 2**17,
     models.FOREST: 2**16,
-    models.STRINGS: 2**18,
+    models.STRINGS: 2**17,
 }
 QUICKLY = 4
 

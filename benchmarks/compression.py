@@ -19,7 +19,7 @@ from benchmarks.storage_server import synthetic_servers
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-ROWS = 2_000_000
+ROWS = 1_000_000
 KINDS = {"numeric": models.LINEAR, "mixed": models.STRINGS}
 # Bytes a second: all that loopback gives, and 1 and 0.3 Gbit/s.
 NETWORKS = {"loopback": 0, "125 MB/s": 125e6, "40 MB/s": 40e6}
