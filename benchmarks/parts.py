@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -51,31 +51,46 @@ _KEPT = 8
 
 @dataclass(frozen=True)
 class Part:
-    """What a part took: by the clock, and in CPU seconds of this process and of the server."""
+    """What a part took: by the clock, and in CPU seconds of this process and of the server.
+
+    `bytes_read` are what the server has sent of rows meanwhile.
+    """
 
     rows: int
     seconds: float
     cpu_seconds: float
     server_cpu_seconds: float
+    bytes_read: int
 
     @property
     def all_cpu_seconds(self) -> float:
         return self.cpu_seconds + self.server_cpu_seconds
 
 
-def alone(
-    synthetic: Synthetic, part: str, kind: Kind, rows: int, *, codec: str = "none", **settings: Any
-) -> Part:
+def alone(synthetic: Synthetic, part: str, kind: Kind, rows: int, **settings: Any) -> Part:
     """Measures one part in a fresh process."""
+    [measured] = alone_by_codec(synthetic, part, kind, rows, ["none"], **settings)
+    return measured
+
+
+def alone_by_codec(
+    synthetic: Synthetic,
+    part: str,
+    kind: Kind,
+    rows: int,
+    codecs: Sequence[str],
+    **settings: Any,
+) -> list[Part]:
+    """Measures one part in a fresh process, once with each way to compress what is read."""
     env = os.environ | {"PYTHONPATH": str(ROOT)} | synthetic.servers.env
     env |= {name.upper(): str(value) for name, value in settings.items()}
     if part == "predict":
         # As many threads as the service has predict there; each has a core to itself.
         env |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "benchmarks.parts", part, kind.name, str(rows), codec]
+    command = [sys.executable, "-m", "benchmarks.parts", part, kind.name, str(rows), *codecs]
     done = subprocess.run(command, env=env, stdout=subprocess.PIPE, check=True)
     # The last line: what the pipeline logs comes before it.
-    return Part(**json.loads(done.stdout.splitlines()[-1]))
+    return [Part(**told) for told in json.loads(done.stdout.splitlines()[-1])]
 
 
 async def measure(part: str, kind: Kind, rows: int, codec: str) -> Part:
@@ -101,7 +116,13 @@ async def measure(part: str, kind: Kind, rows: int, codec: str) -> Part:
         await work()
         clock, cpu = time.perf_counter() - clock, time.process_time() - cpu
         after = await anyio.to_thread.run_sync(synthetic.counted)
-        return Part(rows, clock, cpu, after.cpu_seconds - before.cpu_seconds)
+        return Part(
+            rows=rows,
+            seconds=clock,
+            cpu_seconds=cpu,
+            server_cpu_seconds=after.cpu_seconds - before.cpu_seconds,
+            bytes_read=after.bytes_read - before.bytes_read,
+        )
 
 
 async def _job(
@@ -262,11 +283,13 @@ def main() -> None:
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("kind", choices=[kind.name for kind in models.KINDS])
     parser.add_argument("rows", type=int)
-    parser.add_argument("codec", nargs="?", default="none", choices=CODECS)
+    parser.add_argument("codecs", nargs="*", default=["none"], help=", ".join(CODECS))
     options = parser.parse_args()
     [kind] = [kind for kind in models.KINDS if kind.name == options.kind]
-    part = anyio.run(measure, options.part, kind, options.rows, options.codec)
-    print(json.dumps(asdict(part)))
+    parts = [
+        anyio.run(measure, options.part, kind, options.rows, codec) for codec in options.codecs
+    ]
+    print(json.dumps([asdict(part) for part in parts]))
 
 
 if __name__ == "__main__":
