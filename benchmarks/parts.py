@@ -20,6 +20,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from itertools import cycle, islice
 from typing import Any
 
@@ -40,7 +41,7 @@ from service.contract import PredictRequest
 from service.model import ModelCache
 from service.pipeline import Job, prepare
 from service.plan import output_schema
-from service.predict import predict_stream
+from service.predict import predict_stream, timed
 
 PARTS = ("read", "predict", "append")
 CODECS = ("none", "LZ4_FRAME", "ZSTD")
@@ -197,7 +198,7 @@ async def _predicting(
     job: Job, session: ReadSession, rows: int, clients: Clients, settings: Settings
 ) -> Callable[[], Awaitable[None]]:
     """The same chunks again and again, by as many threads as the service has."""
-    chunks = _chunks(job, session)
+    chunks = await anyio.to_thread.run_sync(_chunks, job)
     calls = -(-rows // chunks[0].num_rows)
 
     def predict(chunk: pa.Table) -> int:
@@ -214,11 +215,20 @@ async def _predicting(
     return work
 
 
-def _chunks(job: Job, session: ReadSession) -> list[pa.Table]:
-    """Chunks as a run makes them of the messages that it reads."""
+def _chunks(job: Job) -> list[pa.Table]:
+    """Chunks as a run makes them of the messages that it reads, as large as it settles on."""
+    chunks, sizes = _cut(job), job.sizes
+    while not sizes.settled:
+        _, cost = timed(partial(job.predictor, chunks[0]))
+        sizes.learn(chunks[0].num_rows, cost, chunks[0].nbytes)
+        chunks = _cut(job)
+    return chunks
+
+
+def _cut(job: Job) -> list[pa.Table]:
     kind = tables.shape_of(job.plan.input.table).kind
     message = tables.message(kind, tuple(job.plan.columns.read))
-    rechunker, chunks = Rechunker(job.plan.chunk_rows), []
+    rechunker, chunks = Rechunker(job.sizes.rows), []
     while len(chunks) < _KEPT:
         chunks += rechunker.push(message)
     return chunks
@@ -266,9 +276,11 @@ async def _results(job: Job, session: ReadSession) -> list[pa.RecordBatch]:
     limiter = anyio.CapacityLimiter(1)
     async with anyio.create_task_group() as tasks, sent, results:
         tasks.start_soon(
-            lambda: predict_stream(job.predictor, job.plan, received, out, limiter=limiter)
+            lambda: predict_stream(
+                job.predictor, job.plan, received, out, limiter=limiter, sizes=job.sizes
+            )
         )
-        for chunk in _chunks(job, session):
+        for chunk in await anyio.to_thread.run_sync(_chunks, job):
             for batch in chunk.to_batches():
                 await sent.send(batch)
         await sent.aclose()

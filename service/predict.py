@@ -1,9 +1,9 @@
 """Rows in, predictions out: what a model makes of a chunk, off the event loop.
 
 The labels are always those of `model.predict`. Where scikit-learn itself defines them as the
-class of the highest probability, one pass over the model gives both. Elsewhere (a linear model
-decides by its decision function, k neighbours by a vote) it takes two, and a pipeline's
-transformers still run once.
+class of the highest probability, or both by one decision function, one pass over the model gives
+both. Elsewhere (k neighbours decide by a vote) it takes two, and a pipeline's transformers still
+run once.
 """
 
 from __future__ import annotations
@@ -46,6 +46,11 @@ _MOST_PROBABLE_IS_LABEL = {
     "sklearn.tree._classes.DecisionTreeClassifier",
     "sklearn.tree._classes.ExtraTreeClassifier",
 }
+# scikit-learn 1.9, for two classes: predict is classes_[decision_function(X) > 0], and
+# predict_proba the logistic function of the same.
+_DECISION_IS_BOTH = {
+    "sklearn.ensemble._hist_gradient_boosting.gradient_boosting.HistGradientBoostingClassifier",
+}
 _SEARCHES = {
     "sklearn.model_selection._search.GridSearchCV",
     "sklearn.model_selection._search.RandomizedSearchCV",
@@ -84,7 +89,14 @@ class Predictor:
     def _predict(self, frame: Any) -> tuple[list[pa.Array], Any]:
         if not self.probabilities:
             return self._label_arrays(self.estimator.predict(frame)), None
+        from scipy.special import expit
+
         model, frame = _last_step(self.estimator, frame)
+        if _class_path(model) in _DECISION_IS_BOTH and len(self.classes[0]) == 2:
+            decision = model.decision_function(frame)
+            labels = self.classes[0].take(pa.array((decision > 0).astype(np.int64)))
+            second = expit(decision)
+            return [labels], np.column_stack([1 - second, second])
         probabilities = model.predict_proba(frame)
         if len(self.targets) == 1 and _class_path(model) in _MOST_PROBABLE_IS_LABEL:
             most_probable = pa.array(np.argmax(probabilities, axis=1))
@@ -337,7 +349,7 @@ async def predict_stream(
         schema = output_schema(plan, chunk.schema)
         work = partial(_predict_chunk, predictor, chunk, told, schema)
         try:
-            results, cost = await in_thread(partial(_timed, work, threads), limiter)
+            results, cost = await in_thread(partial(timed, work, threads), limiter)
         except _Blame as blame:
             raise blame.named(stream, row) from blame.__cause__
         sizes.learn(chunk.num_rows, cost, chunk.nbytes)
@@ -356,7 +368,8 @@ async def predict_stream(
             await predict(chunk)
 
 
-def _timed[T](work: Callable[[], T], threads: Threads | None) -> tuple[T, Cost]:
+def timed[T](work: Callable[[], T], threads: Threads | None = None) -> tuple[T, Cost]:
+    """What `work()` returns, and what it cost in this thread."""
     start, on_core = time.perf_counter(), time.thread_time()
     result = work() if threads is None else threads.call(work)
     return result, Cost(time.perf_counter() - start, time.thread_time() - on_core)

@@ -41,11 +41,13 @@ class ChunkSize:
     Args:
         rows: as many as the caller asked for; None: it is to be found out.
         most_bytes: of a chunk that was found out, as Arrow has it.
+
+    `settled` is whether chunks grow no more.
     """
 
     def __init__(self, rows: int | None = None, *, most_bytes: int) -> None:
         self.rows = rows or FIRST_ROWS
-        self._settled = rows is not None
+        self.settled = rows is not None
         self._most_bytes = most_bytes
         self._quickest = math.inf
         self._smaller = math.inf
@@ -54,7 +56,7 @@ class ChunkSize:
 
     def learn(self, rows: int, cost: Cost, size: int) -> None:
         """Takes note of a call: its rows, what it cost, and the bytes of its chunk."""
-        if self._settled or rows != self.rows:
+        if self.settled or rows != self.rows:
             return
         self._quickest = min(self._quickest, cost.on_core / rows)
         self._calls += 1
@@ -83,4 +85,4 @@ class ChunkSize:
         self._followers.append(shrink)
 
     def _settle(self, rows: int) -> None:
-        self.rows, self._settled = rows, True
+        self.rows, self.settled = rows, True

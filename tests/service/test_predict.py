@@ -32,7 +32,12 @@ from sklearn.calibration import CalibratedClassifierCV
 from sklearn.cluster import DBSCAN, KMeans
 from sklearn.decomposition import PCA
 from sklearn.dummy import DummyClassifier
-from sklearn.ensemble import BaggingClassifier, IsolationForest, RandomForestClassifier
+from sklearn.ensemble import (
+    BaggingClassifier,
+    HistGradientBoostingClassifier,
+    IsolationForest,
+    RandomForestClassifier,
+)
 from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge
 from sklearn.mixture import GaussianMixture
@@ -358,6 +363,19 @@ def test_a_calibrated_model_is_passed_through_once_a_chunk() -> None:
     model = fitted(CalibratedClassifierCV(FrozenEstimator(tree), ensemble=False), THREE)
 
     assert count_calls(model) == {"predict_proba": 1}
+
+
+@pytest.mark.parametrize(("labels", "passes"), [(TWO, 1), (THREE, 2)], ids=["two", "three"])
+def test_boosting_of_two_classes_is_passed_through_once_a_chunk(labels: Any, passes: int) -> None:
+    predictor = described(fitted(HistGradientBoostingClassifier(max_iter=5), labels), ROWS)
+    assert_answers_as_the_model(predictor)
+    passed = []
+    within = predictor.estimator._raw_predict
+    predictor.estimator._raw_predict = lambda *given: passed.append(1) or within(*given)
+
+    predictor(ROWS)
+
+    assert len(passed) == passes
 
 
 def test_a_model_whose_labels_may_differ_is_asked_for_labels_and_for_probabilities() -> None:
