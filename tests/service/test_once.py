@@ -18,6 +18,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
@@ -30,7 +31,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from mlsys.errors import Conflict, IntegrityError, Unavailable
+from mlsys.errors import Conflict, IntegrityError, TakenOver, Unavailable
 from mlsys.gcs import Blob
 from service.contract import ModelUsed, PredictRequest, PredictResult, Problem, RunState
 from service.journal import Entry, Lost, Pins, RunRecord
@@ -575,3 +576,121 @@ def test_they_find_streams_that_are_gone_taken_for_not_committed() -> None:
 
     with pytest.raises(AssertionError, match="Counter"):
         run_state_machine_as_test(Mutated, settings=HUNT)
+
+
+# Whose result is told
+
+
+class Shelf:
+    """Records by run id, in memory: see `Store`."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Entry] = {}
+
+    async def read(self, run_id: str) -> Entry | None:
+        return self._kept.get(run_id)
+
+    async def write(self, record: RunRecord, generation: int) -> Entry:
+        there = self._kept.get(record.run_id)
+        if generation != (there.generation if there else 0):
+            raise Lost
+        entry = self._kept[record.run_id] = Entry(record, generation + 1)
+        return entry
+
+
+class StoppedClock:
+    """A clock that only moves when it is told to: see `Clock`."""
+
+    def __init__(self) -> None:
+        self.time = EPOCH
+
+    def now(self) -> datetime:
+        return self.time
+
+    async def sleep(self, seconds: float) -> None:
+        await anyio.sleep_forever()
+
+
+class Overtaken:
+    """A run that somebody else takes over while it commits: see `Work`."""
+
+    def __init__(self, name: str, meanwhile: Callable[[], Any]) -> None:
+        self._name = name
+        self._meanwhile = meanwhile
+
+    async def plan(self, pins: Pins | None) -> Pins:
+        return Pins(predicted_at=EPOCH, snapshot_time=EPOCH, model_version="v3", model=BLOB)
+
+    async def append(self) -> tuple[tuple[str, ...], int]:
+        return ("stream",), ROWS
+
+    async def commit(self, record: RunRecord) -> bool:
+        await self._meanwhile()
+        return True
+
+    def begun(self, record: RunRecord) -> None:
+        pass
+
+    def progress(self) -> tuple[int, int | None]:
+        return 0, None
+
+    def result(self, record: RunRecord) -> PredictResult:
+        return PredictResult(
+            message=self._name,
+            run_id=record.run_id,
+            rows=record.rows,
+            input_table=record.request.input_table,
+            output_table=record.request.output_table,
+            model=ModelUsed(name="titanic", version="v3", uri="gs://…", generation=7),
+            started_at=EPOCH,
+            ended_at=EPOCH,
+            seconds=0,
+            rows_per_second=0,
+            peak_memory_bytes=0,
+        )
+
+    def problem(self, error: BaseException) -> Problem:
+        return problem_of(Unavailable("It ended."))
+
+
+@pytest.fixture
+def carry_out() -> Callable[[Overtaken], Any]:
+    """Carries out one run id, however often, after the lease of whoever had it before."""
+    shelf, clock = Shelf(), StoppedClock()
+
+    async def carry_out(work: Overtaken) -> PredictResult:
+        clock.time += timedelta(seconds=2 * LEASE)
+        return await write_once(shelf, work, REQUEST, RUN_ID, Lease(LEASE, clock))
+
+    return carry_out
+
+
+@pytest.mark.anyio
+async def test_who_was_overtaken_while_committing_tells_what_the_other_has_stored(
+    carry_out: Callable[[Overtaken], Any],
+) -> None:
+    async def overtake() -> None:
+        await carry_out(Overtaken("the other", anyio.lowlevel.checkpoint))
+
+    told = await carry_out(Overtaken("the first", overtake))
+
+    assert told.message == "the other"
+    assert await carry_out(Overtaken("a third", overtake)) == told
+
+
+@pytest.mark.anyio
+async def test_who_was_overtaken_by_one_that_is_not_done_has_its_caller_ask_again(
+    carry_out: Callable[[Overtaken], Any],
+) -> None:
+    async def die() -> None:
+        raise Unavailable("the other is gone")
+
+    async def overtake() -> None:
+        with pytest.raises(Unavailable):
+            await carry_out(Overtaken("the other", die))
+
+    with pytest.raises(TakenOver):
+        await carry_out(Overtaken("the first", overtake))
+
+    told = await carry_out(Overtaken("a third", anyio.lowlevel.checkpoint))
+    assert told.message == "a third"
