@@ -4,6 +4,7 @@ UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
 RUN := $(UV) run --locked --no-sync
 PORT ?= 8080
 DURATION ?= 1800
+BENCHMARKS ?= limits memory chunk_sizes workers compression
 
 # Where a stand-in for the Google provider is, which serves its schema without Terraform's registry.
 # Empty: the terraform on PATH is used, which downloads the provider.
@@ -16,7 +17,7 @@ export UV_COMPILE_BYTECODE := 1
 export PATH := $(abspath $(dir $(UV))):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo local serve notebook test soak format lock hooks
+.PHONY: help setup demo local serve notebook test soak bench format lock hooks
 .PHONY: lint lint-python lint-hooks lint-workflows lint-image
 .PHONY: terraform terraform-format terraform-static terraform-test
 
@@ -48,6 +49,10 @@ test: setup ## Run the tests against local servers, and report coverage
 
 soak: setup ## Disturb and kill runs for DURATION (1800) seconds, and count their rows
 	@$(RUN) python -m tests.faults.soak --seconds $(DURATION) --report soak.json
+
+bench: setup ## Measure all that benchmarks/README.md shows, and write it anew (15 minutes)
+	@set -e; for name in $(BENCHMARKS); do $(RUN) python -m benchmarks.$$name $(ARGS); done
+	@$(RUN) python -m benchmarks.readme
 
 lint: lint-python lint-hooks lint-workflows lint-image ## Check all there is to check without running it
 

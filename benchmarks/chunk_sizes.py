@@ -26,9 +26,9 @@ SIZES = tuple(4**power for power in range(5, 11))
 STREAMS = (1, 2, 4)
 ROWS = {
     models.LINEAR: 2**21,
-    models.BOOSTING: 2**18,
+    models.BOOSTING: 2**17,
     models.FOREST: 2**16,
-    models.STRINGS: 2**18,
+    models.STRINGS: 2**17,
 }
 QUICKLY = 4
 
@@ -79,14 +79,15 @@ def draw(report: Report, figure: Figure) -> None:
         for side, column in enumerate(("rows_per_second", "peak_mib")):
             axes = figure.add_subplot(len(ROWS), 2, 2 * place + side + 1)
             _lines(axes, report, kind, column)
-            axes.set_title(f"{kind.title}: " + ("MiB" if side else "rows a second"))
+            axes.set_title(f"{kind.name}, " + ("peak, MiB" if side else "1,000 rows a second"))
             if not place and not side:
                 axes.legend()
             if place == len(ROWS) - 1:
-                axes.set_xlabel("rows of a chunk (◆ adaptive)")
+                axes.set_xlabel("rows of a chunk; ◆ adaptive")
 
 
 def _lines(axes: Axes, report: Report, kind: Kind, column: str) -> None:
+    scale = 1000 if column == "rows_per_second" else 1
     for streams in STREAMS:
         rows = of(report, kind, streams=streams)
         fixed = [row for row in rows if row["chunk_rows"] != ADAPTIVE]
@@ -94,14 +95,15 @@ def _lines(axes: Axes, report: Report, kind: Kind, column: str) -> None:
             continue
         [line] = axes.plot(
             [row["chunk_rows"] for row in fixed],
-            [row[column] for row in fixed],
+            [row[column] / scale for row in fixed],
             label=f"{streams} stream" + "s" * (streams > 1),
             marker=".",
         )
-        chosen = [row[column] for row in rows if row["chunk_rows"] == ADAPTIVE]
+        chosen = [row[column] / scale for row in rows if row["chunk_rows"] == ADAPTIVE]
         axes.plot([SIZES[0] / 3], chosen, marker="D", linestyle="", color=line.get_color())
     axes.set_xscale("log", base=4)
-    axes.set_ylim(bottom=0)
+    axes.set_xticks(SIZES, [f"{size // 1024}k" for size in SIZES])
+    axes.set_ylim(0, 1.1 * max(row[column] for row in of(report, kind)) / scale)
 
 
 if __name__ == "__main__":

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 
 from benchmarks import models
 from benchmarks.harness import Report, arguments
-from benchmarks.parts import CODECS, alone
-from benchmarks.storage_server import Synthetic, synthetic_servers
+from benchmarks.parts import CODECS, Part, alone_by_codec
+from benchmarks.storage_server import synthetic_servers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-ROWS = 2_000_000
+ROWS = 1_000_000
 KINDS = {"numeric": models.LINEAR, "mixed": models.STRINGS}
 # Bytes a second: all that loopback gives, and 1 and 0.3 Gbit/s.
 NETWORKS = {"loopback": 0, "125 MB/s": 125e6, "40 MB/s": 40e6}
@@ -34,24 +34,20 @@ def main() -> None:
         for network, bandwidth in NETWORKS.items():
             synthetic.set(read_bandwidth=bandwidth)
             for table in KINDS:
-                for codec in CODECS:
-                    note(report, synthetic, network, table, codec, rows)
+                parts = alone_by_codec(synthetic, "read", KINDS[table], rows, CODECS)
+                for codec, part in zip(CODECS, parts, strict=True):
+                    note(report, network, table, codec, part)
     report.save(lambda figure: draw(report, figure))
 
 
-def note(
-    report: Report, synthetic: Synthetic, network: str, table: str, codec: str, rows: int
-) -> None:
-    synthetic.anew()
-    part = alone(synthetic, "read", KINDS[table], rows, codec=codec)
-    counted = synthetic.counted()
+def note(report: Report, network: str, table: str, codec: str, part: Part) -> None:
     report.add(
         network=network,
         table=table,
         codec=codec,
-        rows_per_second=rows / part.seconds,
-        bytes_per_row=counted.bytes_read / counted.rows_read,
-        cpu_us_per_row=1e6 * part.cpu_seconds / rows,
+        rows_per_second=part.rows / part.seconds,
+        bytes_per_row=part.bytes_read / part.rows,
+        cpu_us_per_row=1e6 * part.cpu_seconds / part.rows,
     )
 
 

@@ -203,8 +203,11 @@ class Service:
         after = self.synthetic.counted()
         if answer.status_code != 200:
             raise RuntimeError(f"{answer.status_code}: {answer.text}")
-        there = (after.rows_read, after.rows_appended, after.rows_committed)
-        if there != (rows,) * 3 or after.ids_read != after.ids_appended or after.errors:
+        once = (after.rows_appended, after.rows_committed) == (rows, rows) and not after.errors
+        # A run that tries its model first reads the rows for that a second time.
+        if after.rows_read == rows:
+            once = once and after.ids_read == after.ids_appended
+        if not once or after.rows_read < rows:
             raise RuntimeError(f"not every row arrived once: {after}")
         return Measured(
             rows=rows,

@@ -3,7 +3,7 @@
     python -m benchmarks.memory [--quick]
 
 Each figure is of a service that has done nothing before, with a linear model and 11 columns. Three
-runs are over 1, 10 and 100 million rows. The slow writer takes 8 MB a second, which is 200,000 rows.
+runs are over 1, 10 and 100 million rows. The slow writer takes 8 MB a second, 200,000 rows or so.
 The paused writer takes half of the rows and answers no more, until nothing has moved for a while.
 """
 

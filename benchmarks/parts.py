@@ -16,10 +16,11 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from itertools import cycle, islice
 from typing import Any
 
@@ -40,7 +41,7 @@ from service.contract import PredictRequest
 from service.model import ModelCache
 from service.pipeline import Job, prepare
 from service.plan import output_schema
-from service.predict import predict_stream
+from service.predict import predict_stream, timed
 
 PARTS = ("read", "predict", "append")
 CODECS = ("none", "LZ4_FRAME", "ZSTD")
@@ -51,31 +52,46 @@ _KEPT = 8
 
 @dataclass(frozen=True)
 class Part:
-    """What a part took: by the clock, and in CPU seconds of this process and of the server."""
+    """What a part took: by the clock, and in CPU seconds of this process and of the server.
+
+    `bytes_read` are what the server has sent of rows meanwhile.
+    """
 
     rows: int
     seconds: float
     cpu_seconds: float
     server_cpu_seconds: float
+    bytes_read: int
 
     @property
     def all_cpu_seconds(self) -> float:
         return self.cpu_seconds + self.server_cpu_seconds
 
 
-def alone(
-    synthetic: Synthetic, part: str, kind: Kind, rows: int, *, codec: str = "none", **settings: Any
-) -> Part:
+def alone(synthetic: Synthetic, part: str, kind: Kind, rows: int, **settings: Any) -> Part:
     """Measures one part in a fresh process."""
+    [measured] = alone_by_codec(synthetic, part, kind, rows, ["none"], **settings)
+    return measured
+
+
+def alone_by_codec(
+    synthetic: Synthetic,
+    part: str,
+    kind: Kind,
+    rows: int,
+    codecs: Sequence[str],
+    **settings: Any,
+) -> list[Part]:
+    """Measures one part in a fresh process, once with each way to compress what is read."""
     env = os.environ | {"PYTHONPATH": str(ROOT)} | synthetic.servers.env
     env |= {name.upper(): str(value) for name, value in settings.items()}
     if part == "predict":
         # As many threads as the service has predict there; each has a core to itself.
         env |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "benchmarks.parts", part, kind.name, str(rows), codec]
+    command = [sys.executable, "-m", "benchmarks.parts", part, kind.name, str(rows), *codecs]
     done = subprocess.run(command, env=env, stdout=subprocess.PIPE, check=True)
     # The last line: what the pipeline logs comes before it.
-    return Part(**json.loads(done.stdout.splitlines()[-1]))
+    return [Part(**told) for told in json.loads(done.stdout.splitlines()[-1])]
 
 
 async def measure(part: str, kind: Kind, rows: int, codec: str) -> Part:
@@ -101,7 +117,13 @@ async def measure(part: str, kind: Kind, rows: int, codec: str) -> Part:
         await work()
         clock, cpu = time.perf_counter() - clock, time.process_time() - cpu
         after = await anyio.to_thread.run_sync(synthetic.counted)
-        return Part(rows, clock, cpu, after.cpu_seconds - before.cpu_seconds)
+        return Part(
+            rows=rows,
+            seconds=clock,
+            cpu_seconds=cpu,
+            server_cpu_seconds=after.cpu_seconds - before.cpu_seconds,
+            bytes_read=after.bytes_read - before.bytes_read,
+        )
 
 
 async def _job(
@@ -176,7 +198,7 @@ async def _predicting(
     job: Job, session: ReadSession, rows: int, clients: Clients, settings: Settings
 ) -> Callable[[], Awaitable[None]]:
     """The same chunks again and again, by as many threads as the service has."""
-    chunks = _chunks(job, session)
+    chunks = await anyio.to_thread.run_sync(_chunks, job)
     calls = -(-rows // chunks[0].num_rows)
 
     def predict(chunk: pa.Table) -> int:
@@ -193,11 +215,20 @@ async def _predicting(
     return work
 
 
-def _chunks(job: Job, session: ReadSession) -> list[pa.Table]:
-    """Chunks as a run makes them of the messages that it reads."""
+def _chunks(job: Job) -> list[pa.Table]:
+    """Chunks as a run makes them of the messages that it reads, as large as it settles on."""
+    chunks, sizes = _cut(job), job.sizes
+    while not sizes.settled:
+        _, cost = timed(partial(job.predictor, chunks[0]))
+        sizes.learn(chunks[0].num_rows, cost, chunks[0].nbytes)
+        chunks = _cut(job)
+    return chunks
+
+
+def _cut(job: Job) -> list[pa.Table]:
     kind = tables.shape_of(job.plan.input.table).kind
     message = tables.message(kind, tuple(job.plan.columns.read))
-    rechunker, chunks = Rechunker(job.plan.chunk_rows), []
+    rechunker, chunks = Rechunker(job.sizes.rows), []
     while len(chunks) < _KEPT:
         chunks += rechunker.push(message)
     return chunks
@@ -245,9 +276,11 @@ async def _results(job: Job, session: ReadSession) -> list[pa.RecordBatch]:
     limiter = anyio.CapacityLimiter(1)
     async with anyio.create_task_group() as tasks, sent, results:
         tasks.start_soon(
-            lambda: predict_stream(job.predictor, job.plan, received, out, limiter=limiter)
+            lambda: predict_stream(
+                job.predictor, job.plan, received, out, limiter=limiter, sizes=job.sizes
+            )
         )
-        for chunk in _chunks(job, session):
+        for chunk in await anyio.to_thread.run_sync(_chunks, job):
             for batch in chunk.to_batches():
                 await sent.send(batch)
         await sent.aclose()
@@ -262,11 +295,13 @@ def main() -> None:
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("kind", choices=[kind.name for kind in models.KINDS])
     parser.add_argument("rows", type=int)
-    parser.add_argument("codec", nargs="?", default="none", choices=CODECS)
+    parser.add_argument("codecs", nargs="*", default=["none"], help=", ".join(CODECS))
     options = parser.parse_args()
     [kind] = [kind for kind in models.KINDS if kind.name == options.kind]
-    part = anyio.run(measure, options.part, kind, options.rows, options.codec)
-    print(json.dumps(asdict(part)))
+    parts = [
+        anyio.run(measure, options.part, kind, options.rows, codec) for codec in options.codecs
+    ]
+    print(json.dumps([asdict(part) for part in parts]))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WANTED = 1.8
-ROWS = 600_000
+ROWS = 300_000
 # The setting that keeps the service from starting processes, for one that may.
 FORBIDDEN = {"worker_processes": 0}
 CASES = {"one process": FORBIDDEN, "as the service chooses": {}}

@@ -8,21 +8,21 @@ import pyarrow as pa
 
 
 class Rechunker:
-    """Takes batches as they come and gives chunks of `rows` rows.
+    """Takes batches as they come and gives chunks of `rows` rows, which may change on the way.
 
     A chunk is a table of slices of the batches it was made from: zero-copy, and it keeps those
     batches in memory until it is dropped.
     """
 
     def __init__(self, rows: int) -> None:
-        self._rows = rows
+        self.rows = rows
         self._held: list[pa.RecordBatch] = []
         self._held_rows = 0
 
     def push(self, batch: pa.RecordBatch) -> Iterator[pa.Table]:
         """Adds a batch; yields every chunk that is full."""
-        while self._held_rows + batch.num_rows >= self._rows:
-            missing = self._rows - self._held_rows
+        while self._held_rows + batch.num_rows >= self.rows:
+            missing = max(self.rows - self._held_rows, 0)
             self._held.append(batch.slice(0, missing))
             yield self._take()
             batch = batch.slice(missing)

@@ -11,7 +11,8 @@
     ├── TableMismatch        a table does not fit the model
     ├── TooManyRuns          this instance has its hands full
     ├── Unavailable          BigQuery, Cloud Storage or this instance can't answer now
-    │   └── Changed          an object is not what was looked up a moment ago
+    │   ├── Changed          an object is not what was looked up a moment ago
+    │   └── OutOfMemory      this instance has not enough memory for it
     ├── ModelError           the model is at fault
     │   ├── ModelUnusable    its file can't be loaded, or is no predictor
     │   └── ModelRaised      it raised on a row
@@ -86,6 +87,10 @@ class Unavailable(_TryAgain):
 
 class Changed(Unavailable):
     """What arrived is not the object that was looked up: damaged, or replaced meanwhile."""
+
+
+class OutOfMemory(Unavailable):
+    """This instance has not enough memory for it, now or at all."""
 
 
 class ModelError(MlsysError):

@@ -42,7 +42,7 @@ def row_bar(what: str, *, console: Console | None = None, keep: bool = False) ->
     Args:
         what: what is being done, such as `reading`.
         console: where to draw, whoever looks; by default stderr, and only if somebody does.
-        keep: leave the bar standing at the end.
+        keep: leave the bar standing at the end, if it has moved.
 
     Yields:
         A function to call with the rows done, and the rows in all or None where that is unknown.
@@ -56,7 +56,6 @@ def row_bar(what: str, *, console: Console | None = None, keep: bool = False) ->
     with Progress(
         *_columns(),
         console=on,
-        transient=not keep,
         disable=unseen,
         # Or what the block prints into a file or a pipe would go to the terminal.
         redirect_stdout=sys.stdout.isatty(),
@@ -66,7 +65,15 @@ def row_bar(what: str, *, console: Console | None = None, keep: bool = False) ->
         def show(done: int, total: int | None = None) -> None:
             progress.update(task, completed=done, total=total)
 
-        yield show
+        try:
+            yield show
+        finally:
+            progress.live.transient = not (keep and _moved(progress))
+
+
+def _moved(progress: Progress) -> bool:
+    """Whether a bar has anything to show: a run that is refused, or replayed, tells of no rows."""
+    return any(task.completed or task.total is not None for task in progress.tasks)
 
 
 def _columns() -> tuple[ProgressColumn, ...]:
@@ -104,7 +111,7 @@ def _notebook_bar(what: str, keep: bool) -> Iterator[ShowRows]:
     try:
         yield show
     finally:
-        if keep:
+        if keep and _moved(progress):
             draw()
         elif handle is not None:
             _put({}, handle)

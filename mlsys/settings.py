@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Annotated
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from mlsys.names import Environment
@@ -45,7 +45,12 @@ class Settings(BaseSettings):
         le=1000,
         description="Most read streams a run asks for; each holds up to three messages in memory",
     )
-    chunk_rows: PositiveInt = Field(16_384, description="Rows a predict call gets, by default")
+    chunk_rows: PositiveInt | None = Field(
+        None, description="Rows a predict call gets by default; unset: found out in each run"
+    )
+    chunk_bytes: PositiveInt = Field(
+        8 * MIB, description="Most bytes of a chunk whose size is found out"
+    )
     append_request_bytes: Annotated[PositiveInt, Field(le=LARGEST_APPEND)] = Field(
         4 * MIB, description="Largest append request"
     )
@@ -55,10 +60,20 @@ class Settings(BaseSettings):
     predict_threads: PositiveInt = Field(
         default_factory=lambda: os.cpu_count() or 1, description="Predict calls at once"
     )
+    worker_processes: NonNegativeInt = Field(
+        default_factory=lambda: os.cpu_count() or 1,
+        description="Processes of a run whose model holds Python's interpreter; 0: never any",
+    )
     model_cache_bytes: PositiveInt = Field(
         256 * MIB, description="Size of the artifacts that are kept unpickled"
     )
     max_runs: PositiveInt = Field(2, description="Runs at once; further ones are answered 429")
+    memory_limit_bytes: PositiveInt | None = Field(
+        None, description="Memory of this instance; unset: what its container or the machine has"
+    )
+    run_memory_bytes: PositiveInt = Field(
+        64 * MIB, description="Memory that a run is expected to take, for it to begin beside others"
+    )
     lease_seconds: PositiveFloat = Field(
         30, description="How long a run that tells nothing of itself is taken to be alive"
     )

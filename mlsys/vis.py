@@ -676,11 +676,12 @@ def _listed(values: Iterable, limit: int = 5) -> str:
 
 def _curves_size(curves: list[_Curve]) -> tuple[float, float]:
     width, height = _SQUARE
-    return (width + 2.2, height) if _crowded(curves) else (width, height)
+    return (width, height + 1 + 0.24 * len(curves)) if _crowded(curves) else (width, height)
 
 
 def _crowded(curves: list[_Curve]) -> bool:
-    return len(curves) > 5
+    # So many lines of a legend would lie on some of the curves.
+    return len(curves) > 3
 
 
 def _the_class(curves: list[_Curve]) -> str:
@@ -689,12 +690,15 @@ def _the_class(curves: list[_Curve]) -> str:
 
 def _share_axes(ax: Axes, corner: str, curves: list[_Curve]) -> None:
     from matplotlib.ticker import MultipleLocator, PercentFormatter
+    from matplotlib.transforms import ScaledTranslation
 
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_locator(MultipleLocator(0.2))
         axis.set_major_formatter(PercentFormatter(1))
     if _crowded(curves):
-        ax.legend(loc="upper left", bbox_to_anchor=(1.02, 1), borderaxespad=0)
+        # Below the numbers and the two lines of the label, where names of any length have room.
+        below = ax.transAxes + ScaledTranslation(0, -0.68, ax.figure.dpi_scale_trans)
+        ax.legend(loc="upper left", bbox_to_anchor=(0, 0), bbox_transform=below, borderaxespad=0)
     else:
         ax.legend(loc=corner)
 

@@ -40,7 +40,13 @@ from service.contract import (
     RunsRequest,
 )
 from service.logs import RequestLog, configure_logging
-from service.problems import MEDIA_TYPE, add_handlers, problem_of, problem_response
+from service.problems import (
+    MEDIA_TYPE,
+    add_handlers,
+    example_of,
+    problem_of,
+    problem_response,
+)
 from service.startup import Startup, starting
 
 if TYPE_CHECKING:
@@ -126,7 +132,9 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
     # Not as a `model`, which would be documented as plain application/json.
     status: {
         "description": meaning,
-        "content": {MEDIA_TYPE: {"schema": Problem.model_json_schema()}},
+        "content": {
+            MEDIA_TYPE: {"schema": Problem.model_json_schema(), "example": example_of(status)}
+        },
     }
     for status, meaning in {
         400: "A name or a parameter is malformed",
@@ -143,6 +151,14 @@ _READ_PROBLEMS: dict[int | str, dict[str, Any]] = {
     **{status: _PROBLEMS[status] for status in (400, 403, 404, 503)},
     "default": {"description": "Any other problem", "content": _PROBLEMS[503]["content"]},
 }
+_EVENTS = """\
+event: progress
+data: {"run_id":"nightly-7","rows_done":131,"rows_total":262, …}
+
+event: result
+data: {"status":"succeeded","run_id":"nightly-7","rows":262, …}
+
+"""
 _PREDICT: dict[str, Any] = {
     "response_model": PredictResult,
     "tags": ["predict"],
@@ -150,7 +166,7 @@ _PREDICT: dict[str, Any] = {
         200: {
             "description": "Every row is predicted and appended. As an event stream: `progress` "
             "events, then one `result` or `error`.",
-            "content": {EVENT_STREAM: {"schema": {"type": "string"}}},
+            "content": {EVENT_STREAM: {"schema": {"type": "string"}, "example": _EVENTS}},
         },
         202: {
             "model": ProgressEvent,

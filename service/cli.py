@@ -214,7 +214,9 @@ def runs(
 
 
 def _runs_table(found: Sequence[RunInfo]) -> Table:
-    table = Table("Run", "State", "Model", "Output", "Rows", "Started")
+    table = Table()
+    for header in ("Run", "State", "Model", "Output", "Rows", "Started"):
+        table.add_column(header, overflow="fold")  # A name that is cut short can't be copied.
     for each in found:
         table.add_row(
             each.run_id,
@@ -285,12 +287,10 @@ def publish(
     as_json: AsJson = False,
 ) -> None:
     """Upload a model with a complete metadata.json. Loads the pickle, so trust it first."""
-    import joblib
-
     from mlsys.publish import publish_model
 
     published = publish_model(
-        joblib.load(model),
+        _estimator(model),
         name,
         version,
         rows=_rows(rows),
@@ -301,17 +301,37 @@ def publish(
     _answer(published.metadata, f"Published as {published.uri}.", as_json)
 
 
+def _estimator(path: Path) -> Any:
+    import joblib
+
+    from mlsys.errors import InvalidRequest, redacted
+
+    try:
+        return joblib.load(path)
+    except Exception as error:  # A pickle may raise anything.
+        said = redacted(f"{type(error).__name__}: {error}")
+        raise InvalidRequest(
+            f"{path.name} can't be unpickled ({said}). Save a fitted estimator with pickle or "
+            "joblib, of the versions that are installed here."
+        ) from error
+
+
 def _rows(path: Path) -> Any:
+    import pyarrow as pa
     import pyarrow.csv
     import pyarrow.parquet
 
-    from mlsys.errors import InvalidRequest
+    from mlsys.errors import InvalidRequest, redacted
     from mlsys.frame import FrameKind, to_arrow, to_frame
 
     readers = {".csv": pyarrow.csv.read_csv, ".parquet": pyarrow.parquet.read_table}
     if path.suffix not in readers:
         raise InvalidRequest(f"{path.name} is neither .parquet nor .csv.")
-    return to_frame(to_arrow(readers[path.suffix](path)), FrameKind.PANDAS)
+    try:
+        read = readers[path.suffix](path)
+    except pa.ArrowInvalid as error:
+        raise InvalidRequest(f"{path.name} can't be read: {redacted(str(error))}.") from error
+    return to_frame(to_arrow(read), FrameKind.PANDAS)
 
 
 @app.command()

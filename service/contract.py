@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from datetime import datetime
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -83,7 +83,7 @@ class PredictRequest(BaseModel):
     chunk_rows: Annotated[
         Annotated[int, Field(ge=1, le=MOST_CHUNK_ROWS)] | None,
         BeforeValidator(_not_bool),
-        Field(description="Rows a predict call gets"),
+        Field(description="Rows a predict call gets", examples=[10_000]),
     ] = None
 
 
@@ -98,10 +98,39 @@ class ModelUsed(BaseModel):
     generation: int
 
 
+_RESULT: dict[str, Any] = {
+    "status": "succeeded",
+    "message": "262 rows predicted by titanic-survival v3 and appended to "
+    "my-project.mlsys_dev.titanic_scored.",
+    "run_id": "nightly-7",
+    "rows": 262,
+    "input_table": "my-project.mlsys_dev.titanic_test",
+    "output_table": "my-project.mlsys_dev.titanic_scored",
+    "model": {
+        "name": "titanic-survival",
+        "version": "v3",
+        "uri": "gs://mlsys-models-dev/titanic-survival/v3/model.pkl",
+        "generation": 1764230400123456,
+    },
+    "started_at": "2026-11-27T08:00:00.250000Z",
+    "ended_at": "2026-11-27T08:00:02.750000Z",
+    "seconds": 2.5,
+    "rows_per_second": 104.8,
+    "peak_memory_bytes": 268435456,
+}
+_PROGRESS: dict[str, Any] = {
+    "run_id": "nightly-7",
+    "rows_done": 131,
+    "rows_total": 262,
+    "rows_per_second": 104.8,
+    "seconds_left": 1.25,
+}
+
+
 class PredictResult(BaseModel):
     """A run that ended well: every row is in the output table."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, json_schema_extra={"examples": [_RESULT]})
 
     status: Literal["succeeded"] = "succeeded"
     message: str
@@ -120,7 +149,7 @@ class PredictResult(BaseModel):
 class ProgressEvent(BaseModel):
     """How far a run has come."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, json_schema_extra={"examples": [_PROGRESS]})
 
     run_id: str
     rows_done: int

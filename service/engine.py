@@ -26,12 +26,13 @@ from service.contract import (
     RunsRequest,
 )
 from service.journal import Journal, Pins, RunRecord
+from service.memory import Memory, peak_memory_bytes
 from service.model import ModelCache, load_estimator
 from service.once import Lease, write_once
 from service.pipeline import Job, append, commit, prepare
 from service.problems import problem_of
 from service.registry import FoundModel, scan
-from service.runs import Run, Runs, peak_memory_bytes
+from service.runs import Run, Runs
 
 _log = structlog.get_logger(__name__)
 
@@ -39,9 +40,10 @@ _log = structlog.get_logger(__name__)
 class Engine:
     """The clients, the models and the runs of one process."""
 
-    def __init__(self, settings: Settings, runs: Runs, models: ModelCache) -> None:
+    def __init__(self, settings: Settings, runs: Runs, models: ModelCache, memory: Memory) -> None:
         self.settings = settings
         self.runs = runs
+        self.memory = memory
         self.models = models
         self.limiter = anyio.CapacityLimiter(settings.predict_threads)
         self._open = AsyncExitStack()
@@ -119,6 +121,7 @@ class Engine:
         async def verify(found: FoundModel) -> str | None:
             # Not through the cache, where it would push out models that are in use.
             async with one_by_one:
+                await self.models.make_room(found.blob)
                 try:
                     await load_estimator(clients.objects, found.blob, found.metadata)
                 except ModelUnusable as error:
@@ -199,6 +202,7 @@ class _Prediction:
         )
         self._job = job
         self._run.rows_total = job.plan.rows
+        self._run.relieve = job.sizes.shrink
         return pins or Pins(
             predicted_at=job.plan.predicted_at,
             snapshot_time=datetime.now(UTC),
@@ -215,6 +219,7 @@ class _Prediction:
             clients=self._clients,
             settings=self._engine.settings,
             limiter=self._engine.limiter,
+            fits=self._engine.memory.fits,
             progress=self._run.advance,
         )
 
@@ -265,16 +270,17 @@ class _Prediction:
     def problem(self, error: BaseException) -> Problem:
         if isinstance(error, Exception):
             return problem_of(error, self._run.id)
-        ended = Unavailable(f"The run ended: {self._run.ended_because}. Nothing was written.")
-        return problem_of(ended, self._run.id)
+        return problem_of(self._run.ending, self._run.id)
 
 
 @asynccontextmanager
 async def open_engine(settings: Settings) -> AsyncIterator[Engine]:
     """An engine for as long as the block lasts; at its end, what still runs is ended."""
     async with task_group() as tasks:
-        runs = Runs(tasks, settings.max_runs)
-        engine = Engine(settings, runs, ModelCache(settings.model_cache_bytes, tasks))
+        memory = Memory.of(settings)
+        models = ModelCache(settings.model_cache_bytes, tasks, memory)
+        runs = Runs(tasks, settings.max_runs, memory, spare=models.clear)
+        engine = Engine(settings, runs, models, memory)
         tasks.start_soon(engine.warm_up)
         try:
             yield engine

@@ -20,7 +20,7 @@ from cachetools import LRUCache
 from gcloud.aio.storage import Storage
 from pydantic import ValidationError
 
-from mlsys.errors import ModelUnusable, NotFound, redacted
+from mlsys.errors import ModelUnusable, NotFound, OutOfMemory, redacted
 from mlsys.frame import FrameKind
 from mlsys.gcs import Blob, find_blob, list_blobs, read_blob
 from mlsys.metadata import ModelMetadata, golden_mismatch
@@ -32,9 +32,14 @@ from mlsys.names import (
     version_number,
 )
 from mlsys.tasks import task_group
+from service.memory import Memory, told
 from service.plan import Feature, ModelNeeds
+from service.threads import leave_threads_to_us
 
 _log = structlog.get_logger(__name__)
+
+# What a model takes while it is loaded, by the size of its file: the file, and what is made of it.
+_LOADED_TIMES = 2
 
 
 @dataclass(frozen=True)
@@ -102,10 +107,12 @@ class ModelCache:
         max_bytes: the size of all artifacts whose estimators are kept. One that is larger than
             that is loaded for each run that needs it.
         tasks: where loads run, so that one goes on when the request that began it goes away.
+        memory: what there is room in for models; None: all are taken to fit.
     """
 
-    def __init__(self, max_bytes: int, tasks: TaskGroup) -> None:
+    def __init__(self, max_bytes: int, tasks: TaskGroup, memory: Memory | None = None) -> None:
         self._tasks = tasks
+        self._memory = memory
         self._kept: LRUCache[Blob, tuple[int, Any]] = LRUCache(max_bytes, getsizeof=lambda e: e[0])
         self._loads: dict[Blob, _Load] = {}
 
@@ -125,6 +132,29 @@ class ModelCache:
         if loading.error is not None:
             raise loading.error
         return loading.estimator
+
+    async def make_room(self, blob: Blob) -> None:
+        """Lets the models that are kept go, where this one would not fit beside them.
+
+        Raises:
+            OutOfMemory: it does not fit all the same.
+        """
+        memory, size = self._memory, _LOADED_TIMES * blob.size
+        if memory is None or memory.fits(size):
+            return
+        self.clear()
+        await memory.release()
+        if not memory.fits(size):
+            raise OutOfMemory(
+                f"gs://{blob.bucket}/{blob.path} takes about {told(size)} to load. This instance "
+                f"has {told(memory.limit)} of memory, and {told(memory.used())} of it are in use. "
+                "Give it more memory, or try again when it has less to do.",
+                retry_after=60,
+            )
+
+    def clear(self) -> None:
+        """Lets go of every model that is kept; runs go on with those that they have."""
+        self._kept.clear()
 
     async def _load(self, blob: Blob, load: Callable[[Blob], Any], loading: _Load) -> None:
         try:
@@ -156,6 +186,7 @@ async def load_model(
     Raises:
         NotFound: there is no such model or version; those there are, are named.
         ModelUnusable: it can't be unpickled here, or its metadata.json can't be read.
+        OutOfMemory: there is no room for it here; it is not downloaded.
     """
     if version == LATEST:
         version = await _latest(objects, bucket, name)
@@ -174,6 +205,7 @@ async def load_model(
         raise NotFound(await _missing(objects, bucket, name, version))
 
     async def load(blob: Blob) -> Any:
+        await cache.make_room(blob)
         return await load_estimator(objects, blob, found["metadata"], pinned=pinned is not None)
 
     estimator = await cache.get(found["blob"], load)
@@ -259,5 +291,6 @@ def _unpickle(data: bytes, blob: Blob, metadata: ModelMetadata) -> Any:
             f"with scikit-learn {metadata.sklearn_version or 'of unknown version'}. Train and "
             "publish it again with the versions that the service runs."
         )
+    leave_threads_to_us(estimator)
     _log.info("model loaded", uri=uri, generation=blob.generation, bytes=blob.size)
     return estimator

@@ -225,11 +225,11 @@ async def _carry_on(store: Store, work: Work, claimed: Entry, lease: Lease) -> P
                 # The fence: whoever was taken over meanwhile gets no further.
                 await owner.write(state=RunState.PREPARED, streams=streams, rows=rows)
             scope.shield = True
-            return await _commit(work, owner)
+            return await _commit(store, work, owner)
     raise AssertionError("nobody cancels this scope")
 
 
-async def _commit(work: Work, owner: _Owner) -> PredictResult | None:
+async def _commit(store: Store, work: Work, owner: _Owner) -> PredictResult | None:
     try:
         committed = await work.commit(owner.record)
     except BaseException:
@@ -241,6 +241,12 @@ async def _commit(work: Work, owner: _Owner) -> PredictResult | None:
     result = work.result(owner.record)
     try:
         await owner.write(state=RunState.COMMITTED, result=result)
+    except TakenOver:
+        # What the other tells of these rows is what everybody is told from now on.
+        entry = await store.read(owner.record.run_id)
+        if entry is None or entry.record.state is not RunState.COMMITTED:
+            raise
+        return _stored(entry.record)
     except MlsysError as error:
         # The rows are there. Whoever asks next finds that out again.
         _log.warning("result not journalled", detail=str(error))

@@ -1,35 +1,38 @@
-"""One run: its stages wired together, its streams committed last.
+"""One run: prepared, carried out shard by shard, its streams committed last.
 
-    read stream → batches → chunks → predictions → append → pending stream      (a shard)
-    all shards done and counted → one commit
-
-Between the stages nothing is buffered: a batch moves on when the next stage asks for it, so memory
-follows from the number of shards and the size of a chunk, not from that of the table.
+A run is cut into shards (`service/shard.py`), a read stream each. They run side by side in this
+process, or where the model holds the interpreter, in processes of their own. When all are done and
+counted, one call commits what they have written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 import anyio
-import pyarrow as pa
 import structlog
 
-from mlsys.append import AppendLimits, append_stream, commit_streams, create_stream, finalize_stream
+from mlsys.append import commit_streams, create_stream, finalize_stream
 from mlsys.clients import Clients
 from mlsys.errors import IntegrityError, InvalidRequest, NotCommitted, NotFound, Unavailable
 from mlsys.names import TableRef
-from mlsys.read import ReadSession, open_session, read_stream
+from mlsys.read import ReadSession, open_session
 from mlsys.settings import Settings
 from mlsys.tables import TableInfo, check_dataset, count_rows, create_table, find_table
 from mlsys.tasks import task_group
 from service.contract import PredictRequest
 from service.journal import Pins
 from service.model import Model, ModelCache, load_model
-from service.plan import Plan, choose_columns, make_plan, output_schema
-from service.predict import Predictor, describe, predict_stream
+from service.plan import Plan, choose_columns, make_plan
+from service.predict import describe
+from service.shard import Means, Shard, Task, run_shard
+from service.sizing import ChunkSize
+from service.threads import Threads
+from service.trial import interpreter_bound
+from service.workers import WORKER_BYTES, assignments, run_in_processes
 
 _log = structlog.get_logger(__name__)
 
@@ -38,22 +41,15 @@ _COMMIT_SECONDS = 30
 
 
 @dataclass(frozen=True)
-class Job:
-    """A run that can start: its plan, the model that fulfils it, and the rows it is to read."""
+class Job(Task):
+    """A run that can start: what to do with which rows, and the model that it is done with.
 
-    plan: Plan
+    `table_rows` are those of the table, which a filter may leave fewer of.
+    """
+
     model: Model
-    predictor: Predictor
-    session: ReadSession
-
-
-@dataclass(frozen=True)
-class Shard:
-    """The unit of work: one read stream in, one pending write stream out."""
-
-    number: int
-    source: str
-    sink: str
+    sizes: ChunkSize
+    table_rows: int
 
 
 async def prepare(
@@ -142,7 +138,14 @@ async def prepare(
         snapshot_time=pins.snapshot_time if pins else None,
         retry_seconds=settings.retry_seconds,
     )
-    return Job(plan, model, predictor, session)
+    return Job(
+        plan=plan,
+        predictor=predictor,
+        session=session,
+        model=model,
+        sizes=ChunkSize(plan.chunk_rows, most_bytes=settings.chunk_bytes),
+        table_rows=table.rows or 0,
+    )
 
 
 async def append(
@@ -151,32 +154,66 @@ async def append(
     clients: Clients,
     settings: Settings,
     limiter: anyio.CapacityLimiter,
+    fits: Callable[[int], bool],
     progress: Callable[[int], None],
 ) -> tuple[tuple[str, ...], int]:
     """Predicts every row into pending streams, which nobody sees.
 
     Args:
         limiter: bounds the predict calls at once over all runs of the process.
+        fits: whether there is room in memory for so many bytes more.
         progress: told the number of rows of each acknowledged append.
 
     Returns:
         The streams, finalized; and the number of rows in them: all there are.
     """
     plan = job.plan
-    if plan.creates_output:
-        await create_table(
-            clients.bigquery,
-            plan.output,
-            plan.output_columns,
-            retry_seconds=settings.retry_seconds,
+    found: dict[str, Any] = {}
+
+    async def try_model() -> None:
+        found["workers"] = await _workers(
+            job, clients=clients, settings=settings, limiter=limiter, fits=fits
         )
-    shards = await _create_shards(clients, job.session, plan, settings)
-    _log.info("run started", rows=plan.rows, streams=len(shards), chunk_rows=plan.chunk_rows)
-    counts = await _run_shards(
-        shards, job, clients=clients, settings=settings, limiter=limiter, progress=progress
-    )
+
+    async def make_places() -> None:
+        if plan.creates_output:
+            await create_table(
+                clients.bigquery,
+                plan.output,
+                plan.output_columns,
+                retry_seconds=settings.retry_seconds,
+            )
+        found["shards"] = await _create_shards(clients, job.session, plan, settings)
+
+    async with task_group() as tasks:
+        tasks.start_soon(try_model)
+        tasks.start_soon(make_places)
+    shards, workers = found["shards"], found["workers"]
+    _log.info("run started", rows=plan.rows, streams=len(shards), processes=workers)
+    if workers:
+        told = assignments(
+            job,
+            shards,
+            workers,
+            blob=job.model.blob,
+            metadata=job.model.metadata,
+            settings=settings,
+        )
+        counts = await run_in_processes(told, job.sizes, progress)
+    else:
+        # A model's own threads, where there are fewer shards than cores.
+        threads = max(1, int(limiter.total_tokens) // max(1, len(shards)))
+        means = Means(
+            api=clients.storage,
+            settings=settings,
+            limiter=limiter,
+            sizes=job.sizes,
+            threads=await anyio.to_thread.run_sync(Threads, threads),
+            progress=progress,
+        )
+        counts = await _run_shards(shards, job, means)
     await _finalize(clients, shards, counts, settings)
-    return tuple(shard.sink for shard in shards), sum(counts)
+    return tuple(shard.sink for shard in shards), sum(counts.values())
 
 
 async def commit(
@@ -244,26 +281,35 @@ async def _create_shards(
     ]
 
 
-async def _run_shards(
-    shards: Sequence[Shard],
+async def _workers(
     job: Job,
     *,
     clients: Clients,
     settings: Settings,
     limiter: anyio.CapacityLimiter,
-    progress: Callable[[int], None],
-) -> list[int]:
-    counts = [0] * len(shards)
+    fits: Callable[[int], bool],
+) -> int:
+    """In how many processes the run is to take place; 0: in this one."""
+    calls = min(len(job.session.streams), int(limiter.total_tokens), settings.worker_processes)
+    if calls < 2 or not fits(calls * WORKER_BYTES):
+        return 0
+    if await interpreter_bound(
+        job,
+        job.table_rows,
+        api=clients.storage,
+        settings=settings,
+        limiter=limiter,
+        calls=calls,
+    ):
+        return calls
+    return 0
+
+
+async def _run_shards(shards: Sequence[Shard], job: Job, means: Means) -> dict[int, int]:
+    counts: dict[int, int] = {}
 
     async def run(shard: Shard) -> None:
-        counts[shard.number] = await run_shard(
-            shard,
-            job,
-            clients=clients,
-            settings=settings,
-            limiter=limiter,
-            progress=progress,
-        )
+        counts[shard.number] = await run_shard(shard, job, means)
 
     async with task_group() as tasks:
         for shard in shards:
@@ -271,67 +317,8 @@ async def _run_shards(
     return counts
 
 
-async def run_shard(
-    shard: Shard,
-    job: Job,
-    *,
-    clients: Clients,
-    settings: Settings,
-    limiter: anyio.CapacityLimiter,
-    progress: Callable[[int], None],
-) -> int:
-    """Reads, predicts and appends one stream; returns its rows. Nothing is visible yet.
-
-    Raises:
-        IntegrityError: rows read and rows appended are not the same number.
-    """
-    read = 0
-    batches_in, batches_out = anyio.create_memory_object_stream[pa.RecordBatch](0)
-    results_in, results_out = anyio.create_memory_object_stream[pa.RecordBatch](0)
-
-    async def read_all() -> None:
-        nonlocal read
-        read = await read_stream(
-            clients.storage,
-            job.session,
-            shard.source,
-            batches_in,
-            retry_seconds=settings.retry_seconds,
-            silence_seconds=settings.silence_seconds,
-        )
-
-    async def predict_all() -> None:
-        await predict_stream(
-            job.predictor, job.plan, batches_out, results_in, limiter=limiter, stream=shard.number
-        )
-
-    # The receive ends outlive every sender, so that a stage that fails is the one that is heard.
-    with batches_out, results_out:
-        async with task_group() as tasks:
-            tasks.start_soon(read_all)
-            tasks.start_soon(predict_all)
-            appended = await append_stream(
-                clients.storage,
-                shard.sink,
-                output_schema(job.plan, job.session.schema),
-                results_out,
-                limits=AppendLimits(
-                    settings.append_request_bytes,
-                    settings.append_unacked_bytes,
-                    settings.retry_seconds,
-                    settings.silence_seconds,
-                ),
-                acked=progress,
-            )
-    if read != appended:
-        raise IntegrityError(
-            f"{read:,} rows were read but {appended:,} appended. Nothing was written."
-        )
-    return appended
-
-
 async def _finalize(
-    clients: Clients, shards: Sequence[Shard], counts: Sequence[int], settings: Settings
+    clients: Clients, shards: Sequence[Shard], counts: Mapping[int, int], settings: Settings
 ) -> None:
     async def finalize(shard: Shard) -> None:
         stored = await finalize_stream(

@@ -79,7 +79,7 @@ class Plan:
     output_columns: tuple[SchemaField, ...]
     creates_output: bool
     where: str | None
-    chunk_rows: int
+    chunk_rows: int | None
     rows: int | None
     model_name: str
     model_version: str
@@ -211,7 +211,7 @@ def make_plan(
     needs: ModelNeeds,
     outputs: Sequence[Output],
     model_version: str,
-    chunk_rows: int,
+    chunk_rows: int | None,
     now: datetime,
 ) -> Plan:
     """Settles a run.
@@ -219,7 +219,7 @@ def make_plan(
     Args:
         output: the output table as it stands; None: it is to be made.
         model_version: the version that `latest` stands for.
-        chunk_rows: where the request names none.
+        chunk_rows: where the request names none; None: to be found out.
         now: the one timestamp that every row of the run carries.
     """
     output_columns = result_columns(columns.ids, outputs)

@@ -1,9 +1,9 @@
 """Rows in, predictions out: what a model makes of a chunk, off the event loop.
 
 The labels are always those of `model.predict`. Where scikit-learn itself defines them as the
-class of the highest probability, one pass over the model gives both. Elsewhere (a linear model
-decides by its decision function, k neighbours by a vote) it takes two, and a pipeline's
-transformers still run once.
+class of the highest probability, or both by one decision function, one pass over the model gives
+both. Elsewhere (k neighbours decide by a vote) it takes two, and a pipeline's transformers still
+run once.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import asyncio
 import datetime as dt
 import re
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ from mlsys.errors import InvalidRequest, ModelRaised, ModelUnusable, redacted
 from mlsys.frame import FrameKind, to_frame
 from mlsys.tables import BIGQUERY_TO_ARROW, bigquery_column, standard_type
 from service.plan import TOLD, Output, Plan, output_schema
+from service.sizing import ChunkSize, Cost
+from service.threads import Threads
 
 PREDICTION, PROBABILITY = "Prediction", "PredictionProbability"
 
@@ -42,6 +45,11 @@ _MOST_PROBABLE_IS_LABEL = {
     "sklearn.ensemble._forest.RandomForestClassifier",
     "sklearn.tree._classes.DecisionTreeClassifier",
     "sklearn.tree._classes.ExtraTreeClassifier",
+}
+# scikit-learn 1.9, for two classes: predict is classes_[decision_function(X) > 0], and
+# predict_proba the logistic function of the same.
+_DECISION_IS_BOTH = {
+    "sklearn.ensemble._hist_gradient_boosting.gradient_boosting.HistGradientBoostingClassifier",
 }
 _SEARCHES = {
     "sklearn.model_selection._search.GridSearchCV",
@@ -81,7 +89,14 @@ class Predictor:
     def _predict(self, frame: Any) -> tuple[list[pa.Array], Any]:
         if not self.probabilities:
             return self._label_arrays(self.estimator.predict(frame)), None
+        from scipy.special import expit
+
         model, frame = _last_step(self.estimator, frame)
+        if _class_path(model) in _DECISION_IS_BOTH and len(self.classes[0]) == 2:
+            decision = model.decision_function(frame)
+            labels = self.classes[0].take(pa.array((decision > 0).astype(np.int64)))
+            second = expit(decision)
+            return [labels], np.column_stack([1 - second, second])
         probabilities = model.predict_proba(frame)
         if len(self.targets) == 1 and _class_path(model) in _MOST_PROBABLE_IS_LABEL:
             most_probable = pa.array(np.argmax(probabilities, axis=1))
@@ -309,19 +324,23 @@ async def predict_stream(
     out: ObjectSendStream[pa.RecordBatch],
     *,
     limiter: anyio.CapacityLimiter,
+    sizes: ChunkSize,
+    threads: Threads | None = None,
     stream: int = 0,
 ) -> None:
     """Predicts batches chunk by chunk and sends the rows of the output table to `out`.
 
     Args:
         limiter: how many predict calls run at once, over all streams and runs.
+        sizes: how many rows a call gets; told what each call cost.
+        threads: that a call may take; None: as many as it likes.
         stream: the number of this stream among those of the run, for error messages.
 
     Raises:
         ModelRaised: with the exception, the stream and the row in it. Rows are counted from 0 as
             the stream delivers them: a table has no order of its own.
     """
-    rechunker = Rechunker(plan.chunk_rows)
+    rechunker = Rechunker(sizes.rows)
     told = _Told(plan)
     row = 0
 
@@ -330,9 +349,11 @@ async def predict_stream(
         schema = output_schema(plan, chunk.schema)
         work = partial(_predict_chunk, predictor, chunk, told, schema)
         try:
-            results = await _in_thread(work, limiter)
+            results, cost = await in_thread(partial(timed, work, threads), limiter)
         except _Blame as blame:
             raise blame.named(stream, row) from blame.__cause__
+        sizes.learn(chunk.num_rows, cost, chunk.nbytes)
+        rechunker.rows = sizes.rows
         for result in results:
             await out.send(result)
         row += chunk.num_rows
@@ -347,7 +368,14 @@ async def predict_stream(
             await predict(chunk)
 
 
-async def _in_thread[T](work: Callable[[], T], limiter: anyio.CapacityLimiter) -> T:
+def timed[T](work: Callable[[], T], threads: Threads | None = None) -> tuple[T, Cost]:
+    """What `work()` returns, and what it cost in this thread."""
+    start, on_core = time.perf_counter(), time.thread_time()
+    result = work() if threads is None else threads.call(work)
+    return result, Cost(time.perf_counter() - start, time.thread_time() - on_core)
+
+
+async def in_thread[T](work: Callable[[], T], limiter: anyio.CapacityLimiter) -> T:
     """Runs `work` in a thread. A cancelled call is abandoned, but keeps its place until it ends."""
     loop, place, begun = asyncio.get_running_loop(), object(), threading.Lock()
 

@@ -34,6 +34,7 @@ _STATUS: tuple[tuple[type[MlsysError], int, str], ...] = (
     (errors.ModelUnusable, 500, "The model can't be used"),
     (errors.ModelRaised, 500, "The model raised an exception"),
     (errors.IntegrityError, 500, "Rows went missing on the way"),
+    (errors.OutOfMemory, 503, "Not enough memory"),
     (errors.Unavailable, 503, "Not available just now"),
 )
 
@@ -58,6 +59,39 @@ def problem_of(error: Exception, run_id: str | None = None) -> Problem:
         detail="Something went wrong inside the service; its log says what. Nothing was written.",
         instance=instance,
     )
+
+
+def example_of(status: int) -> dict[str, Any]:
+    """A problem of that status, for the OpenAPI document."""
+    error = next(error for error in _EXAMPLES if problem_of(error).status == status)
+    return problem_of(error, "nightly-7").model_dump(exclude_none=True)
+
+
+_EXAMPLES: tuple[MlsysError, ...] = (
+    errors.InvalidRequest(
+        "input_table: 'titanic_test' is not a table path. Write it as project.dataset.table, with "
+        "letters, digits, underscores and hyphens only."
+    ),
+    errors.AccessDenied("This deployment answers for env=dev only. Call the service of prod."),
+    errors.NotFound(
+        "gs://mlsys-models-dev has no model named titanic-survival. Upload one as "
+        "titanic-survival/v1/model.pkl."
+    ),
+    errors.UnderWay("The run nightly-7 is under way. Ask for it again, or use another run_id."),
+    errors.TableMismatch(
+        "my-project.mlsys_dev.titanic_test lacks columns that this run needs: Age, Fare.",
+        missing_columns=["Age", "Fare"],
+    ),
+    errors.TooManyRuns("This instance already has 2 runs under way. Try again later."),
+    errors.ModelRaised(
+        "The model raised ValueError at row 700,000 of read stream 0 (rows count from 0). "
+        "Nothing was written. Exclude such rows with `where`, or publish a model that takes them.",
+        exception="ValueError",
+        stream=0,
+        row=700_000,
+    ),
+    errors.Unavailable("BigQuery can't be reached just now. Nothing was written; try again."),
+)
 
 
 def _slug(name: str) -> str:

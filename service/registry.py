@@ -27,7 +27,14 @@ from pydantic import ValidationError
 from pydantic_core import from_json
 
 from mlsys.clients import Clients
-from mlsys.errors import Changed, InvalidRequest, NotFound, TableMismatch, redacted
+from mlsys.errors import (
+    Changed,
+    InvalidRequest,
+    NotFound,
+    OutOfMemory,
+    TableMismatch,
+    redacted,
+)
 from mlsys.gcs import Blob, find_blob, list_blobs, read_blob
 from mlsys.metadata import ModelMetadata
 from mlsys.names import (
@@ -233,8 +240,9 @@ class _Readers:
             return {}
         try:
             wrong = await self._verify(model)
-        except (NotFound, Changed):
-            return {}  # Deleted or replaced since it was listed: the next scan sees to that.
+        except (NotFound, Changed, OutOfMemory):
+            # Deleted or replaced since it was listed, or no room: the next scan sees to that.
+            return {}
         told = wrong and "".join(filter(str.isprintable, wrong))
         return {"verified": wrong is None, "verification": told}
 

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import math
-import os
-import re
-import resource
-import sys
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 
 import anyio
+import anyio.lowlevel
 import structlog
 from anyio.abc import TaskGroup
 
-from mlsys.errors import MlsysError, TooManyRuns, Unavailable, UnderWay
+from mlsys.errors import MlsysError, OutOfMemory, TooManyRuns, Unavailable, UnderWay
 from service.contract import PredictRequest, PredictResult, ProgressEvent
+from service.memory import Memory, told
 
 _log = structlog.get_logger(__name__)
 
-_VM_HWM = re.compile(rb"^VmHWM:\s+(\d+) kB$", re.M)
+# How often memory is looked at while runs are under way, and what is beside it tidied up.
+_LOOK_SECONDS = 0.025
+_TIDY_SECONDS = 1.0
+# What runs have for what they were asked for to show, before they are asked again.
+_RELIEF_SECONDS = 0.25
+_END_SECONDS = 1.0
 
 
 class Run:
@@ -36,6 +39,9 @@ class Run:
         self.rows_done = 0
         self.rows_total: int | None = None
         self.ended_because = ""
+        # Makes the run hold less memory; False where it can't hold less. None: not known how.
+        self.relieve: Callable[[], bool] | None = None
+        self._ending: MlsysError | None = None
         self._clock = time.monotonic()
         self._scope = anyio.CancelScope()
 
@@ -64,22 +70,34 @@ class Run:
 
     def cancel(self, because: str) -> None:
         """Ends the run, unless it has ended. Its rows stay invisible, unless it commits already."""
+        self.end(because, Unavailable(f"The run ended: {because}. Nothing was written."))
+
+    def end(self, because: str, error: MlsysError) -> None:
+        """As `cancel`, with the error that its caller is to have."""
         if self.ended.is_set():
             return
         _log.info("run told to end", run_id=self.id, because=because)
-        self.ended_because = because
+        self.ended_because, self._ending = because, error
         self._scope.cancel()
 
-    async def carry_out(self, work: Callable[[Run], Awaitable[PredictResult]]) -> None:
-        """Awaits `work`, and keeps its result or its error."""
+    @property
+    def ending(self) -> MlsysError:
+        """What whoever asks for the run is told where it was ended."""
+        return self._ending or Unavailable("The run was ended. Nothing was written.")
+
+    async def carry_out(
+        self,
+        work: Callable[[Run], Awaitable[PredictResult]],
+        tidy_up: Callable[[], Awaitable[None]] = anyio.lowlevel.checkpoint,
+    ) -> None:
+        """Awaits `work`, and keeps its result or its error; `tidy_up` where it was ended."""
         try:
             with self._scope:
                 self.result = await work(self)
                 _log.info("run succeeded", **self.result.model_dump(include={"rows", "seconds"}))
             if self._scope.cancelled_caught:
-                self._fail(
-                    Unavailable(f"The run ended: {self.ended_because}. Nothing was written.")
-                )
+                self._fail(self.ending)
+                await tidy_up()
         except Exception as error:
             self._fail(error)
         finally:
@@ -95,12 +113,29 @@ class Run:
 
 
 class Runs:
-    """The runs under way in this process, at most `most` at once."""
+    """The runs under way in this process.
 
-    def __init__(self, tasks: TaskGroup, most: int) -> None:
+    Args:
+        most: how many may be at once.
+        memory: what they have to fit into; None: there is enough.
+        spare: lets go of what the process keeps without need.
+    """
+
+    def __init__(
+        self,
+        tasks: TaskGroup,
+        most: int,
+        memory: Memory | None = None,
+        *,
+        spare: Callable[[], None] = lambda: None,
+    ) -> None:
         self._tasks = tasks
         self._most = most
+        self._memory = memory
+        self._spare = spare
         self._under_way: dict[str, Run] = {}
+        self._idle_bytes = 0
+        self._watched = False
 
     def start(
         self, request: PredictRequest, work: Callable[[Run], Awaitable[PredictResult]]
@@ -109,7 +144,8 @@ class Runs:
 
         Raises:
             UnderWay: a run of that id is under way here.
-            TooManyRuns: as many as may be are under way.
+            TooManyRuns: as many as may be are under way, or there is no room in memory beside
+                those that are.
         """
         run = Run(request)
         if run.id in self._under_way:
@@ -120,16 +156,48 @@ class Runs:
             raise TooManyRuns(
                 f"This instance already has {self._most} runs under way. Try again later."
             )
+        if self._memory is not None:
+            self._check_room(self._memory)
         self._under_way[run.id] = run
+        if self._memory is not None and not self._watched:
+            self._watched = True
+            self._tasks.start_soon(self._watch, self._memory, name="watch over memory")
         structlog.contextvars.bind_contextvars(run_id=run.id)
         self._tasks.start_soon(self._keep, run, work, name=f"run {run.id}")
         return run
 
     async def _keep(self, run: Run, work: Callable[[Run], Awaitable[PredictResult]]) -> None:
         try:
-            await run.carry_out(work)
+            await run.carry_out(work, self._tidy_up)
         finally:
             del self._under_way[run.id]
+
+    async def _tidy_up(self) -> None:
+        # Before the caller is told that there was no room, and sends a smaller run.
+        if self._memory is not None and self._memory.used() > self._memory.budget:
+            await self._memory.release()
+
+    def _check_room(self, memory: Memory) -> None:
+        """A run that is alone may always begin: smaller than that the instance can't get."""
+        count, used = len(self._under_way), memory.used()
+        if not count:
+            self._idle_bytes = used
+            return
+        # One that has just begun is yet to take what it needs.
+        expected = max(used, self._idle_bytes + count * memory.run_bytes) + memory.run_bytes
+        if expected > memory.budget:
+            raise TooManyRuns(
+                f"This instance has {told(memory.limit)} of memory, which is too little for "
+                f"another run beside the {count} under way. Try again later."
+            )
+
+    async def _watch(self, memory: Memory) -> None:
+        # What is seen concerns all runs, not the request that happened to come first.
+        structlog.contextvars.clear_contextvars()
+        watch = _Watch(memory, self._under_way, self._spare)
+        while self._under_way:
+            await watch.until_none_is_left()
+        self._watched = False
 
     def cancel_all(self, because: str) -> None:
         """Ends every run under way."""
@@ -137,19 +205,62 @@ class Runs:
             run.cancel(because)
 
 
-def peak_memory_bytes() -> int:
-    """The most memory that this process has held at once (its resident set)."""
-    # Where Linux tells it: getrusage counts in what the process that started this one held.
-    if sys.platform == "linux" and (told := _VM_HWM.search(_own_status())):
-        return int(told[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+class _Watch:
+    """Keeps runs within memory: asks for less where it gets short, ends the newest before it ends.
 
+    Args:
+        runs: those under way, the newest last.
+        spare: see `Runs`.
+    """
 
-def _own_status() -> bytes:
-    # Comes out of the kernel's memory, so it never waits.
-    status = os.open("/proc/self/status", os.O_RDONLY | os.O_NONBLOCK)
-    try:
-        return os.read(status, 65_536)
-    finally:
-        os.close(status)
+    def __init__(self, memory: Memory, runs: Mapping[str, Run], spare: Callable[[], None]) -> None:
+        self._memory = memory
+        self._runs = runs
+        self._spare = spare
+        self._ask_at = self._end_at = -math.inf
+        self._said = False
+
+    async def until_none_is_left(self) -> None:
+        """Watches for as long as there are runs."""
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._tidy)
+            while self._runs:
+                self._look()
+                await anyio.sleep(_LOOK_SECONDS)
+            tasks.cancel_scope.cancel()
+
+    async def _tidy(self) -> None:
+        while True:
+            await self._memory.look_below()
+            if self._memory.used() > self._memory.budget:
+                await self._memory.release()
+            await anyio.sleep(_TIDY_SECONDS)
+
+    def _look(self) -> None:
+        used, now = self._memory.used(), time.monotonic()
+        if used > self._memory.budget and now >= self._ask_at:
+            self._ask_at = now + _RELIEF_SECONDS
+            self._ask_for_less(used)
+        if used > self._memory.brink and now >= self._end_at:
+            self._end_at = now + _END_SECONDS
+            self._end_newest(used)
+
+    def _ask_for_less(self, used: int) -> None:
+        self._spare()
+        asked = [run.relieve() for run in self._runs.values() if run.relieve is not None]
+        if any(asked) or not self._said:
+            self._said = True
+            _log.warning(
+                "memory is short", used=used, limit=self._memory.limit, runs_with_less=sum(asked)
+            )
+
+    def _end_newest(self, used: int) -> None:
+        left = [run for run in self._runs.values() if not run.ended_because]
+        if not left:
+            return
+        error = OutOfMemory(
+            f"The run ended: this instance has {told(self._memory.limit)} of memory, and "
+            f"{told(used)} of it were in use. Nothing was written. Give the instance more memory, "
+            "or ask for a smaller chunk_rows."
+        )
+        left[-1].end("memory ran out", error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import signal
 import threading
 import time
 import uuid
@@ -37,7 +38,16 @@ def no_blocking_calls() -> Iterator[BlockBuster]:
         detector.functions["threading.Lock.acquire"].can_block_in(
             "coverage/collector.py", "lock_data"
         )
+        # gRPC joins the thread that polls for it, as the last of its channels is closed.
+        detector.functions["threading.Lock.acquire"].can_block_in(
+            "threading.py", "_wait_for_tstate_lock"
+        )
         yield detector
+
+
+def pytest_configure() -> None:
+    """Has Ctrl-C raise, as in a terminal: what runs in the background is started without that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +58,8 @@ def servers() -> Iterator[LocalServers]:
 
 @pytest.fixture(scope="session")
 def settings(servers: LocalServers) -> Settings:
-    return servers.settings(retry_seconds=10, progress_seconds=0.05)
+    # A service in this process shares its memory with the tests and the local servers.
+    return servers.settings(retry_seconds=10, progress_seconds=0.05, memory_limit_bytes=2**40)
 
 
 @dataclass(frozen=True)

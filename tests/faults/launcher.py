@@ -17,6 +17,9 @@ import socket
 import sys
 import warnings
 
+# The setting that makes a service a mutant: one of `tests/faults/mutants.py`.
+MUTANT = "MLSYS_FAULT_MUTANT"
+
 _PR_SET_PDEATHSIG = 1
 
 
@@ -36,7 +39,8 @@ def main() -> None:
 def _import_all() -> None:
     import sklearn.linear_model  # noqa: F401
 
-    import tests.faults.models  # noqa: F401
+    import tests.faults.models
+    import tests.faults.mutants  # noqa: F401
 
 
 def _fork(listener: socket.socket, env: dict[str, str]) -> int:
@@ -56,6 +60,7 @@ def _serve(listener: socket.socket, env: dict[str, str]) -> None:
     import uvicorn
 
     from service.app import create_app
+    from tests.faults.mutants import mutated
 
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     os.setsid()
@@ -64,8 +69,10 @@ def _serve(listener: socket.socket, env: dict[str, str]) -> None:
     os.dup2(2, 1)
     os.environ.clear()
     os.environ.update(env)
+    mutant = os.environ.pop(MUTANT, "")
     os.chdir("/")  # A place without an .env.
-    uvicorn.Server(uvicorn.Config(create_app, factory=True)).run(sockets=[listener])
+    with mutated(mutant):
+        uvicorn.Server(uvicorn.Config(create_app, factory=True)).run(sockets=[listener])
 
 
 if __name__ == "__main__":

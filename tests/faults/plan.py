@@ -2,7 +2,9 @@
 
 `AppendRows` and `ReadRows` are the calls that open a stream; `AppendRows.request` and
 `ReadRows.message` are what is sent in them, counted over all streams of a run. Calls to Cloud
-Storage are `gcs.…` for models and `runs.…` for the run journal, those to the REST API `bq.…`.
+Storage are `gcs.…` for models and `runs.…` for the run journal, those to the REST API `bq.…`. What
+is written to the journal is named by the state that it tells, `runs.upload.prepared`, since a lease
+is renewed as often as a run takes long.
 """
 
 from __future__ import annotations
@@ -89,15 +91,18 @@ _BIGQUERY = (
     ("POST", r"/jobs", "insert_job"),
     ("GET", r"/jobs/[^/]+", "get_job"),
 )
+_STATE = re.compile(rb'"state": ?"(\w+)"')
 _VERBS = {"GET": "get_metadata", "POST": "patch", "PATCH": "patch", "DELETE": "delete"}
 
 
-def name_of(method: str, target: str) -> str:
+def name_of(method: str, target: str, body: bytes = b"") -> str:
     """What a plan calls an HTTP request; `target` is its path and query, as they came."""
     url = urlsplit(target)
     if found := _OBJECTS.fullmatch(url.path):
         place = "runs" if "-runs-" in found["bucket"] else "gcs"
-        return f"{place}.{_object_call(method, found, parse_qs(url.query))}"
+        name = f"{place}.{_object_call(method, found, parse_qs(url.query))}"
+        state = _STATE.search(body) if name == "runs.upload" else None
+        return f"{name}.{state[1].decode()}" if state else name
     if found := _TABLES.fullmatch(url.path):
         for verb, path, name in _BIGQUERY:
             if verb == method and re.fullmatch(path, found["rest"]):

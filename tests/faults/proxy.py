@@ -374,9 +374,9 @@ class Http:
                 await runner.cleanup()
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
-        name = name_of(request.method, request.raw_path)
-        fault = self._behaviour.plan.reached(name)
         body = await request.read()
+        name = name_of(request.method, request.raw_path, body)
+        fault = self._behaviour.plan.reached(name)
         send = partial(self._pass_on, request.method, request.raw_path, dict(request.headers), body)
         if (answer := await self._before(fault, request, send)) is not None:
             return answer

@@ -12,7 +12,7 @@ import pytest
 
 from mlsys.local import LocalServers
 from tests.conftest import Cloud
-from tests.faults.plan import Fault
+from tests.faults.plan import Fault, Kind
 from tests.faults.rig import JOURNALLED, Instance, Launcher, Rig, open_rig
 from tests.faults.schedule import HTTP_KINDS, RPC_KINDS, undisturbed
 
@@ -35,9 +35,20 @@ HTTP = (
     "gcs.download",
 )
 # What the run journal adds: a run's object is looked up, read where there is one, and written.
-JOURNAL = ("runs.get_metadata", "runs.download", "runs.upload") if JOURNALLED else ()
+WRITES = ("runs.upload.running", "runs.upload.prepared", "runs.upload.committed")
+JOURNAL = ("runs.get_metadata", "runs.download", *WRITES) if JOURNALLED else ()
 
-KINDS = dict.fromkeys(UNARY + STREAMS, RPC_KINDS) | dict.fromkeys(HTTP + JOURNAL, HTTP_KINDS)
+# Made only where the streams of a run that was taken over are gone: whether its rows are there.
+LOOK = ("bq.insert_job", "bq.query_results")
+
+KINDS = dict.fromkeys(UNARY + STREAMS, RPC_KINDS) | dict.fromkeys(HTTP + JOURNAL + LOOK, HTTP_KINDS)
+
+# Killed once its rows are there; whoever takes over is told that the streams are not known.
+COMMITTED_AND_GONE = (
+    Fault("BatchCommitWriteStreams", 1, Kind.KILLED_APPLIED),
+    Fault("BatchCommitWriteStreams", 2, Kind.GONE),
+)
+SILENCE_SECONDS = 0.5
 
 # Services side by side, since most of the time of a run that is disturbed is waiting.
 SERVICES = 6
@@ -66,6 +77,23 @@ def repeated(rig: Rig) -> Mapping[str, int]:
 
 
 @pytest.fixture(scope="module")
+def looks(rig: Rig) -> Mapping[str, int]:
+    """How often each call is made where the streams of a run are gone once they are committed."""
+    plan = rig.instance.follow(COMMITTED_AND_GONE)
+    rig.until_done(rig.wanted())
+    return plan.counts
+
+
+@pytest.fixture(scope="module")
+def impatient(servers: LocalServers, cloud: Cloud, launcher: Launcher) -> Iterator[Rig]:
+    """Services that take a stream for dead that says nothing for half a second."""
+    with open_rig(
+        servers, cloud, launcher, instances=SERVICES, SILENCE_SECONDS=str(SILENCE_SECONDS)
+    ) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
 def memory(rig: Rig, counts: Mapping[str, int]) -> int:
     """The most memory that a service has held when one run is over."""
     return max(instance.peak_memory() for instance in rig.instances)
@@ -80,7 +108,7 @@ def test_a_run_makes_the_calls_of_this_matrix_and_no_others(counts: Mapping[str,
         assert counts[call] >= 8, "and several messages in each"
 
 
-@pytest.mark.parametrize("call", KINDS)
+@pytest.mark.parametrize("call", UNARY + STREAMS + HTTP + JOURNAL)
 def test_a_run_writes_once_whatever_fails(
     rig: Rig, counts: Mapping[str, int], memory: int, call: str
 ) -> None:
@@ -102,10 +130,34 @@ def test_a_run_that_has_ended_is_answered_as_before_whatever_fails(
     assert not failures, "\n".join(failures)
 
 
+@pytest.mark.parametrize("call", LOOK)
+def test_rows_are_looked_for_whatever_fails(rig: Rig, looks: Mapping[str, int], call: str) -> None:
+    assert looks[call], f"the look does not call {call}"
+
+    failures = all_failures(rig, faults_of(call, looks[call]), disturbed_look)
+
+    assert not failures, "\n".join(failures)
+
+
+@pytest.mark.parametrize("call", STREAMS)
+def test_a_stream_that_falls_silent_is_opened_again(
+    impatient: Rig, counts: Mapping[str, int], call: str
+) -> None:
+    faults = [Fault(call, nth, Kind.SILENT) for nth in places(counts[call])]
+
+    failures = all_failures(impatient, faults, disturbed)
+
+    assert not failures, "\n".join(failures)
+
+
 def faults_of(call: str, count: int) -> list[Fault]:
     """Everything that may happen to the first, the middle and the last of so many calls."""
-    places = sorted({1, (count + 1) // 2, count}) if count else []
-    return [Fault(call, nth, kind) for kind in KINDS[call] for nth in places]
+    return [Fault(call, nth, kind) for kind in KINDS[call] for nth in places(count)]
+
+
+def places(count: int) -> list[int]:
+    """The first, the middle and the last of so many."""
+    return sorted({1, (count + 1) // 2, count}) if count else []
 
 
 type Disturb = Callable[[Rig, Instance, Fault], None]
@@ -116,7 +168,7 @@ def all_failures(rig: Rig, faults: Sequence[Fault], disturb: Disturb) -> list[st
     free: queue.SimpleQueue[Instance] = queue.SimpleQueue()
     for instance in rig.instances:
         free.put(instance)
-    with ThreadPoolExecutor(SERVICES) as pool:
+    with ThreadPoolExecutor(len(rig.instances)) as pool:
         return [each for each in pool.map(partial(failure, rig, free, disturb), faults) if each]
 
 
@@ -156,3 +208,14 @@ def disturbed_again(rig: Rig, instance: Instance, fault: Fault) -> None:
     assert after.result == before.result
     figures = rig.look(wanted)
     assert figures.once, (str(fault), figures, after.answers)
+
+
+def disturbed_look(rig: Rig, instance: Instance, fault: Fault) -> None:
+    """A run whose streams are gone once they are committed, and one fault while it finds out."""
+    wanted, plan = rig.wanted(), instance.follow([*COMMITTED_AND_GONE, fault])
+
+    story = rig.until_done(wanted, choose=lambda: instance)
+
+    assert fault in plan.injected, story.answers
+    figures = rig.look(wanted)
+    assert figures.once, (str(fault), figures, story.answers)

@@ -41,8 +41,8 @@ def counts(rig: Rig) -> dict[str, int]:
         ("FinalizeWriteStream", False),
         ("FinalizeWriteStream", True),
         ("BatchCommitWriteStreams", True),
-        ("runs.upload", False),
-        ("runs.upload", True),
+        ("runs.upload.running", False),
+        ("runs.upload.prepared", False),
     ],
 )
 def test_an_instance_that_slept_past_its_lease_commits_nothing(

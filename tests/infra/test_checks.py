@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.infra.support import ROOT, uv
+
 TERRAFORM_TOOLS = ROOT.parent / "shared/tools/terraform"
 MODULE = "infra/modules/mlsys"
 
@@ -195,9 +196,8 @@ def make(tree: Path, *arguments: str) -> str:
     """What `make` says, with the environment that is installed here."""
     # `make test` leaves its own flags and level behind.
     outside = {k: v for k, v in os.environ.items() if k not in {"MAKEFLAGS", "MAKELEVEL", "MFLAGS"}}
-    uv = os.environ.get("UV") or shutil.which("uv")
     done = subprocess.run(
-        ["make", "--old-file=setup", f"UV={uv}", *arguments],
+        ["make", "--old-file=setup", f"UV={uv()}", *arguments],
         cwd=tree,
         env=outside | {"UV_PROJECT_ENVIRONMENT": sys.prefix},
         capture_output=True,

@@ -24,8 +24,8 @@ import pytest
 from mlsys.local import LocalServers, free_ports, sample
 from service.demo import train
 from tests.conftest import Cloud
+from tests.infra.support import ROOT, uv
 
-ROOT = Path(__file__).parents[2]
 MB = 10**6
 LARGEST = 700 * MB
 PATIENCE = 60
@@ -110,9 +110,7 @@ class Build:
 
     def tools(self) -> dict[str, str]:
         outside = {k: v for k, v in os.environ.items() if not k.startswith(("UV_", "VIRTUAL_ENV"))}
-        # `uv run` says where uv is, which need not be on PATH.
-        uv = os.environ.get("UV") or shutil.which("uv")
-        path = os.pathsep.join([str(Path(uv).parent), os.environ["PATH"]])
+        path = os.pathsep.join([str(Path(uv()).parent), os.environ["PATH"]])
         return outside | self.env | {"PATH": path, "UV_PYTHON": sys._base_executable}
 
 

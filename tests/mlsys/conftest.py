@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 import stamina
 import stamina.instrumentation
+from blockbuster import BlockBuster
 
 from mlsys.bq import put_table
 from mlsys.clients import Clients, StorageApi, open_clients
@@ -47,8 +48,12 @@ async def one_loop(anyio_backend: str) -> AsyncIterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-async def grpc_stays_open(one_loop: None) -> AsyncIterator[None]:
+async def grpc_stays_open(one_loop: None, no_blocking_calls: BlockBuster) -> AsyncIterator[None]:
     """Or closing the last channel of the process would wait, on its loop, for grpcio's thread."""
+    # As this does, at the end of all tests.
+    no_blocking_calls.functions["threading.Lock.acquire"].can_block_in(
+        "tests/mlsys/conftest.py", "grpc_stays_open"
+    )
     grpc.aio.init_grpc_aio()
     yield
     grpc.aio.shutdown_grpc_aio()

@@ -124,6 +124,14 @@ print("done")
         assert bar in shown
 
 
+def test_a_bar_that_has_not_moved_is_not_kept() -> None:
+    paper = io.StringIO()
+    with row_bar("predicting", console=Console(file=paper, width=100), keep=True):
+        pass
+
+    assert "0/?" not in paper.getvalue()
+
+
 def test_a_bar_tells_what_is_done_of_what_and_may_stay() -> None:
     paper = io.StringIO()
     with row_bar("writing", console=Console(file=paper, width=100), keep=True) as show:

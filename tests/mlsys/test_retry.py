@@ -76,12 +76,12 @@ def test_a_server_that_says_at_once_is_asked_again_after_the_usual_wait() -> Non
     assert transient(failure(CODES.RESOURCE_EXHAUSTED, retry_after=0)) is True
 
 
-@pytest.mark.parametrize("error", [ConnectionResetError(), BrokenPipeError()])
-def test_a_broken_connection_passes(error: Exception) -> None:
+@pytest.mark.parametrize("error", [ConnectionResetError(), BrokenPipeError(), TimeoutError()])
+def test_a_broken_or_silent_connection_passes(error: Exception) -> None:
     assert transient(error) is True
 
 
-@pytest.mark.parametrize("error", [ValueError(), OSError(), TimeoutError(), KeyError()])
+@pytest.mark.parametrize("error", [ValueError(), OSError(), KeyError()])
 def test_other_exceptions_do_not_pass(error: Exception) -> None:
     assert transient(error) is False
 

@@ -547,16 +547,14 @@ def test_a_class_without_rows_has_no_curve(plot: Callable, three: Case) -> None:
     assert [text.split(" (")[0] for text in legend(ax)[:2]] == ["class high", "class mid"]
 
 
-def many_classes(number: int) -> Case:
+def many_classes(number: int, name: str = "") -> Case:
     X = pd.DataFrame({"a": np.arange(number * 4) // 4, "b": np.tile([0, 1, 2, 3], number)})
-    model = RandomForestClassifier(5, max_depth=3, random_state=0).fit(X, X["a"])
-    return Case(model, X, X["a"])
+    y = X["a"].astype(str).radd(name) if name else X["a"]
+    return Case(RandomForestClassifier(5, max_depth=3, random_state=0).fit(X, y), X, y)
 
 
 @pytest.mark.parametrize("plot", CURVES)
-def test_ten_curves_differ_by_more_than_their_hue_and_their_legend_covers_none(
-    plot: Callable,
-) -> None:
+def test_ten_curves_differ_by_more_than_their_hue(plot: Callable) -> None:
     case = many_classes(10)
     ax = plot(case.model, case.X, case.y)
     ax.figure.canvas.draw()
@@ -564,7 +562,20 @@ def test_ten_curves_differ_by_more_than_their_hue_and_their_legend_covers_none(
     assert len({line.get_marker() for line in drawn}) >= 9
     looks = {(line.get_marker(), line.get_color(), line.get_linestyle()) for line in drawn}
     assert len(looks) == 10
-    assert ax.get_legend().get_window_extent().x0 >= ax.get_window_extent().x1
+
+
+@pytest.mark.parametrize("plot", CURVES)
+@pytest.mark.parametrize("number", [4, 10])
+def test_a_long_legend_of_long_names_lies_below_the_plot_and_within_the_figure(
+    plot: Callable, number: int
+) -> None:
+    case = many_classes(number, "a class whose name nobody has cut short, number ")
+    ax = plot(case.model, case.X, case.y)
+    ax.figure.canvas.draw()
+    legend, label = ax.get_legend().get_window_extent(), ax.xaxis.label.get_window_extent()
+    assert legend.y1 <= label.y0
+    assert legend.y0 >= 0
+    assert legend.x1 <= ax.figure.bbox.x1
 
 
 @pytest.mark.parametrize("plot", CURVES)

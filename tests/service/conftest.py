@@ -7,13 +7,29 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from mlsys.settings import Settings
-from tests.conftest import Client
+from tests.conftest import Client, Cloud
+from tests.service import models
 from tests.service.support import ObjectsProxy, RowsProxy, objects_proxy, rows_proxy
 
 
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def doubles(cloud: Cloud) -> str:
+    """The name of a model that doubles `x`."""
+    return cloud.publish(models.Doubles())
+
+
+@pytest.fixture
+def gate(cloud: Cloud) -> Iterator[str]:
+    """The name of a gated model, and of its events; it is let go after the test."""
+    name = cloud.name("gate").replace("_", "-")
+    cloud.publish(models.Gated(name), name)
+    yield name
+    models.event(f"{name} open").set()
 
 
 @pytest.fixture

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import builtins
+import multiprocessing
+import os
+import signal
 import threading
+import time
 import warnings
 from collections import Counter, defaultdict
 from typing import Any
@@ -169,4 +173,38 @@ class ReadsPipes(Doubles):
                 pass
             with open(self.leave) as pipe:
                 pipe.read()
+        return super().predict(rows)
+
+
+class PythonPerRow(Doubles):
+    """Takes so many microseconds for each row, and holds the interpreter meanwhile."""
+
+    def __init__(
+        self, micros: float, *, dies_at: float | None = None, raises_at: float | None = None
+    ) -> None:
+        self.micros = micros
+        self.dies_at = dies_at
+        self.raises_at = raises_at
+
+    def predict(self, rows: Any) -> np.ndarray:
+        if multiprocessing.parent_process() and (rows["x"] == self.dies_at).any():
+            os.kill(os.getpid(), signal.SIGKILL)
+        if (rows["x"] == self.raises_at).any():
+            raise ArithmeticError("no")
+        end = time.thread_time() + self.micros * len(rows) / 1e6
+        while time.thread_time() < end:
+            pass
+        return super().predict(rows)
+
+
+class EatsMemory(Doubles):
+    """Takes so many MiB more in each call, and keeps them."""
+
+    def __init__(self, mib: int) -> None:
+        self.mib = mib
+        self.eaten: list[np.ndarray] = []
+
+    def predict(self, rows: Any) -> np.ndarray:
+        if len(rows) > 1:
+            self.eaten.append(np.ones(self.mib << 17))
         return super().predict(rows)

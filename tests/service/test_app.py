@@ -15,6 +15,7 @@ import pytest
 from fastapi.openapi.models import OpenAPI
 
 from mlsys.local import LocalServers
+from service.contract import PredictResult, ProgressEvent
 from tests.conftest import Client, Cloud
 from tests.service import models
 from tests.service.support import (
@@ -38,20 +39,6 @@ EVENTS = {"Accept": "text/event-stream"}
 @pytest.fixture(scope="module")
 def table(cloud: Cloud) -> str:
     return cloud.put(numbers(1000))
-
-
-@pytest.fixture(scope="module")
-def doubles(cloud: Cloud) -> str:
-    return cloud.publish(models.Doubles())
-
-
-@pytest.fixture
-def gate(cloud: Cloud) -> Iterator[str]:
-    """The name of a gated model, and of its events; it is let go after the test."""
-    name = cloud.name("gate").replace("_", "-")
-    cloud.publish(models.Gated(name), name)
-    yield name
-    models.event(f"{name} open").set()
 
 
 def entered(name: str) -> None:
@@ -417,9 +404,10 @@ def test_the_openapi_document_tells_what_is_answered(service: Client) -> None:
         assert set(answers) == {"200", "202"} | problems
         assert set(answers.pop("200")["content"]) == {"application/json", "text/event-stream"}
         assert set(answers.pop("202")["content"]) == {"application/json"}
-        for answer in answers.values():
+        for status, answer in answers.items():
             [(media_type, content)] = answer["content"].items()
             assert media_type == "application/problem+json"
+            assert_problem_body(content["example"], int(status))
             assert set(content["schema"]["required"]) == {"type", "title", "status", "detail"}
     parameters = document["paths"]["/predict"]["get"]["parameters"]
     required = {each["name"] for each in parameters if each["required"]}
@@ -427,7 +415,11 @@ def test_the_openapi_document_tells_what_is_answered(service: Client) -> None:
     for each in parameters:
         if each["name"] in required:
             assert each["schema"]["examples"], each["name"]
-    schema = document["components"]["schemas"]["PredictRequest"]
+    schemas = document["components"]["schemas"]
+    for wire in (PredictResult, ProgressEvent):
+        [example] = schemas[wire.__name__]["examples"]
+        assert wire.model_validate(example).model_dump(mode="json").keys() == example.keys()
+    schema = schemas["PredictRequest"]
     assert set(schema["properties"]) == {each["name"] for each in parameters} - {"accept", "prefer"}
 
 

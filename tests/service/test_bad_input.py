@@ -21,6 +21,7 @@ from mlsys.errors import AccessDenied
 from mlsys.local import PROJECT, free_ports
 from mlsys.settings import Settings
 from service.engine import Engine
+from service.memory import Memory
 from service.model import ModelCache
 from service.runs import Runs
 from tests.conftest import Client, Cloud
@@ -543,7 +544,7 @@ def test_those_who_wait_for_credentials_are_told_by_one_look(
         with anyio.fail_after(PATIENCE):
             async with anyio.create_task_group() as tasks:
                 lost = settings.model_copy(update=NO_CLOUD)
-                engine = Engine(lost, Runs(tasks, 1), ModelCache(1, tasks))
+                engine = Engine(lost, Runs(tasks, 1), ModelCache(1, tasks), Memory.of(lost))
                 for _ in range(3):
                     tasks.start_soon(wait_for_clients, engine)
                 await anyio.wait_all_tasks_blocked()

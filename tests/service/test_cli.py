@@ -243,6 +243,28 @@ def test_publish_refuses_a_version_that_exists(
     assert f"gs://mlsys-models-dev/{name}/v3/model.pkl exists" in again.stderr
 
 
+@pytest.mark.parametrize(
+    ("model", "rows", "told"),
+    [
+        (b"not a pickle", b"x\n1.5\n", "model.pkl can't be unpickled"),
+        (b"", b"x\n1.5\n", "model.pkl can't be unpickled"),
+        (pickle.dumps(LinearRegression()), b"", "rows.csv can't be read"),
+        (pickle.dumps(LinearRegression()), b"x,y\n1\n", "rows.csv can't be read"),
+    ],
+)
+def test_publish_says_which_file_is_damaged(
+    tmp_path: Path, model: bytes, rows: bytes, told: str
+) -> None:
+    (tmp_path / "model.pkl").write_bytes(model)
+    (tmp_path / "rows.csv").write_bytes(rows)
+    paths = [str(tmp_path / "model.pkl"), "some-model", f"--rows={tmp_path / 'rows.csv'}"]
+
+    done = mlsys("publish", *paths)
+
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"✗ {told}")
+
+
 def test_local_runs_a_command_with_everything_up_and_ends_with_its_status() -> None:
     script = (
         "import os, sys, httpx2; "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -30,20 +30,6 @@ ASYNC = {"Prefer": "respond-async"}
 @pytest.fixture(scope="module")
 def table(cloud: Cloud) -> str:
     return cloud.put(numbers(100))
-
-
-@pytest.fixture(scope="module")
-def doubles(cloud: Cloud) -> str:
-    return cloud.publish(models.Doubles())
-
-
-@pytest.fixture
-def gate(cloud: Cloud) -> Iterator[str]:
-    """The name of a gated model, and of its events; it is let go after the test."""
-    name = cloud.name("gate").replace("_", "-")
-    cloud.publish(models.Gated(name), name)
-    yield name
-    models.event(f"{name} open").set()
 
 
 @pytest.fixture

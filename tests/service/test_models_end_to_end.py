@@ -22,6 +22,7 @@ from sklearn.ensemble import (
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge
 from sklearn.model_selection import GridSearchCV
+from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, StandardScaler
 from sklearn.svm import SVC, LinearSVC
@@ -198,6 +199,25 @@ def test_titanic_with_words_and_nulls(
     assert kinds(cloud, output)["Survived"] == kind
 
 
+def test_words_with_nulls_go_through_an_imputer(service: Client, cloud: Cloud) -> None:
+    passengers = sample("titanic_train")
+    assert passengers["Embarked"].null_count
+    words = make_pipeline(
+        SimpleImputer(strategy="most_frequent"), OneHotEncoder(handle_unknown="ignore")
+    )
+    columns = make_column_transformer(
+        (make_pipeline(SimpleImputer(), StandardScaler()), ["Age", "Fare", "SibSp", "Parch"]),
+        (words, ["Pclass", "Sex", "Embarked"]),
+    )
+    frame = to_frame(passengers, FrameKind.PANDAS)
+    model = make_pipeline(columns, RandomForestClassifier(20, random_state=0))
+    model.fit(frame[PASSENGER], frame["Survived"].astype("int64"))
+
+    output = predict(service, cloud, model, passengers, id_columns=["PassengerId"], chunk_rows=64)
+
+    assert_as_in_the_notebook(cloud, output, model, passengers, frame[PASSENGER], key="PassengerId")
+
+
 # Kinds of models
 
 
@@ -209,6 +229,10 @@ def test_titanic_with_words_and_nulls(
         pytest.param(RandomForestClassifier(7), CLASSES, "STRING", id="three words, a forest"),
         pytest.param(LogisticRegression(), CLASSES, "STRING", id="three words, linear"),
         pytest.param(HistGradientBoostingClassifier(max_iter=5), CLASSES, "STRING", id="boosted"),
+        pytest.param(
+            HistGradientBoostingClassifier(max_iter=5), BINARY, "INT64", id="two integers, boosted"
+        ),
+        pytest.param(KNeighborsClassifier(4), BINARY, "INT64", id="neighbours that vote"),
         pytest.param(LinearSVC(), BINARY, "INT64", id="a linear machine"),
         pytest.param(SVC(), CLASSES, "STRING", id="no probabilities"),
         pytest.param(LinearRegression(), AMOUNT, "FLOAT64", id="regression"),
@@ -284,12 +308,14 @@ def test_several_classes_are_predicted_with_their_probabilities(
 def test_a_model_on_a_bare_array_finds_its_features_in_the_metadata(
     service: Client, cloud: Cloud
 ) -> None:
-    model = LogisticRegression().fit(ARRAY, CLASSES)
+    features = ["c", "a", "b"]
+    array = FRAME[features].to_numpy()
+    model = RandomForestClassifier(7, random_state=0).fit(array, CLASSES)
     shuffled = NUMBERS.select(["c", "id", "b", "a"])
 
-    output = predict(service, cloud, model, shuffled, metadata={"features": FEATURES})
+    output = predict(service, cloud, model, shuffled, metadata={"features": features})
 
-    assert_as_in_the_notebook(cloud, output, model, NUMBERS, ARRAY)
+    assert_as_in_the_notebook(cloud, output, model, NUMBERS, array)
 
 
 def test_a_model_on_a_bare_array_takes_nulls_for_nan_and_words_as_words(
@@ -377,6 +403,18 @@ def test_a_whole_number_stays_one_in_chunks_with_and_without_nulls(
     assert_as_in_the_notebook(cloud, output, model, data, frame)
 
 
+def test_whole_numbers_with_nulls_may_be_imputed(service: Client, cloud: Cloud) -> None:
+    n = pa.array([None if number % 20 == 0 else number for number in range(60)])
+    data = NUMBERS.append_column("n", n)
+    frame = to_frame(data.select(["n", "a"]), FrameKind.PANDAS)
+    impute = SimpleImputer(strategy="constant", fill_value=-1)
+    model = make_pipeline(impute, LinearRegression()).fit(frame, AMOUNT)
+
+    output = predict(service, cloud, model, data, chunk_rows=7)
+
+    assert_as_in_the_notebook(cloud, output, model, data, frame)
+
+
 def test_amounts_dates_and_moments_are_taken_apart_as_in_the_notebook(
     service: Client, cloud: Cloud
 ) -> None:
@@ -433,6 +471,16 @@ def test_a_boolean_may_be_a_feature_and_may_be_null(service: Client, cloud: Clou
 
     assert_as_in_the_notebook(cloud, output, model, data, frame)
     assert in_order_of(data, cloud.rows(output), "Prediction") == [str(each) for each in flags]
+
+
+def test_booleans_without_nulls_may_be_features(service: Client, cloud: Cloud) -> None:
+    data = NUMBERS.append_column("flag", pa.array([number % 3 == 0 for number in range(60)]))
+    frame = to_frame(data.select(["flag", "a"]), FrameKind.PANDAS)
+    model = LogisticRegression().fit(frame, BINARY)
+
+    output = predict(service, cloud, model, data, chunk_rows=25)
+
+    assert_as_in_the_notebook(cloud, output, model, data, frame)
 
 
 def test_an_array_may_be_a_feature(service: Client, cloud: Cloud) -> None:

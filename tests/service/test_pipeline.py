@@ -32,11 +32,6 @@ def large(cloud: Cloud) -> str:
     return cloud.put(numbers(MANY))
 
 
-@pytest.fixture(scope="module")
-def doubles(cloud: Cloud) -> str:
-    return cloud.publish(models.Doubles())
-
-
 def test_every_row_of_every_stream_is_there_once(
     start_behind: Callable[..., Client], rows: RowsProxy, cloud: Cloud, large: str, doubles: str
 ) -> None:

@@ -32,7 +32,12 @@ from sklearn.calibration import CalibratedClassifierCV
 from sklearn.cluster import DBSCAN, KMeans
 from sklearn.decomposition import PCA
 from sklearn.dummy import DummyClassifier
-from sklearn.ensemble import BaggingClassifier, IsolationForest, RandomForestClassifier
+from sklearn.ensemble import (
+    BaggingClassifier,
+    HistGradientBoostingClassifier,
+    IsolationForest,
+    RandomForestClassifier,
+)
 from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge
 from sklearn.mixture import GaussianMixture
@@ -58,6 +63,7 @@ from mlsys.tables import BIGQUERY_TO_ARROW, TableInfo, bigquery_column
 from service.contract import PredictRequest
 from service.plan import Columns, Feature, ModelNeeds, Plan, make_plan, result_columns
 from service.predict import Predictor, describe, predict_stream
+from service.sizing import ChunkSize
 from tests.service.estimators import (
     Answers,
     CountingLogistic,
@@ -357,6 +363,19 @@ def test_a_calibrated_model_is_passed_through_once_a_chunk() -> None:
     model = fitted(CalibratedClassifierCV(FrozenEstimator(tree), ensemble=False), THREE)
 
     assert count_calls(model) == {"predict_proba": 1}
+
+
+@pytest.mark.parametrize(("labels", "passes"), [(TWO, 1), (THREE, 2)], ids=["two", "three"])
+def test_boosting_of_two_classes_is_passed_through_once_a_chunk(labels: Any, passes: int) -> None:
+    predictor = described(fitted(HistGradientBoostingClassifier(max_iter=5), labels), ROWS)
+    assert_answers_as_the_model(predictor)
+    passed = []
+    within = predictor.estimator._raw_predict
+    predictor.estimator._raw_predict = lambda *given: passed.append(1) or within(*given)
+
+    predictor(ROWS)
+
+    assert len(passed) == passes
 
 
 def test_a_model_whose_labels_may_differ_is_asked_for_labels_and_for_probabilities() -> None:
@@ -844,6 +863,10 @@ def plan_for(
     )
 
 
+def sizes_of(plan: Plan) -> ChunkSize:
+    return ChunkSize(plan.chunk_rows, most_bytes=2**23)
+
+
 async def stream(
     predictor: Predictor,
     plan: Plan,
@@ -866,6 +889,7 @@ async def stream(
                 batches_out,
                 results_in,
                 limiter=limiter or anyio.CapacityLimiter(1),
+                sizes=sizes_of(plan),
                 stream=number,
             )
             return [result async for result in results_out]
@@ -976,7 +1000,12 @@ def test_every_row_before_the_chunk_that_failed_has_gone_on() -> None:
             batches_in.send_nowait(rows.to_batches()[0])
             with pytest.raises(ModelRaised):
                 await predict_stream(
-                    predictor, plan, batches_out, results_in, limiter=anyio.CapacityLimiter(1)
+                    predictor,
+                    plan,
+                    batches_out,
+                    results_in,
+                    limiter=anyio.CapacityLimiter(1),
+                    sizes=sizes_of(plan),
                 )
             sent.extend([each async for result in results_out for each in result["id"].to_pylist()])
             # Both of its ends are closed, so that its neighbours end too.
@@ -1261,6 +1290,7 @@ def test_a_run_that_is_cancelled_ends_at_once_though_the_model_is_at_work() -> N
                             batches_out,
                             results_in,
                             limiter=anyio.CapacityLimiter(1),
+                            sizes=sizes_of(plan),
                         )
                     )
                     await wait_for(model.entered)

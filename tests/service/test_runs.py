@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -15,12 +13,11 @@ import pytest
 from mlsys.errors import NotFound, TooManyRuns, Unavailable, UnderWay
 from service.contract import ModelUsed, PredictRequest, PredictResult
 from service.logs import configure_logging
-from service.runs import Run, Runs, peak_memory_bytes
+from service.runs import Run, Runs
 from tests.service.support import PATIENCE, request_for
 
 pytestmark = pytest.mark.anyio
 
-MIB = 2**20
 TABLES = ("my-project.data.input", "my-project.data.output")
 
 
@@ -213,15 +210,3 @@ async def test_all_runs_are_ended_together(let_go: anyio.Event) -> None:
         for run in both:
             await run.ended.wait()
             assert "shutting down" in str(run.error)
-
-
-def test_the_peak_of_memory_is_that_of_this_process_in_bytes() -> None:
-    parents = bytearray(500 * MIB)
-    parents[::4096] = b"x" * len(parents[::4096])
-    tell = "from service.runs import peak_memory_bytes; print(peak_memory_bytes())"
-
-    told = subprocess.run([sys.executable, "-c", tell], capture_output=True, check=True, text=True)
-
-    assert peak_memory_bytes() > len(parents)
-    # Python with pandas and pyarrow, and not what the process holds that started it.
-    assert 20 * MIB < int(told.stdout) < 400 * MIB

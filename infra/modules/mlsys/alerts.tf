@@ -38,7 +38,7 @@ locals {
   guide = "infra/README.md in the repository says what to do."
 
   # The caller is told what to mend, with a status from 400 to 499; nobody here has to get up.
-  callers_errors = "InvalidRequest|AccessDenied|NotFound|Conflict|TableMismatch|TooManyRuns"
+  callers_errors = "InvalidRequest|AccessDenied|NotFound|Conflict|UnderWay|TakenOver|RunMismatch|TableMismatch|TooManyRuns"
 
   alerts = {
     failed-runs = {

@@ -1,0 +1,88 @@
+"""How many rows a predict call gets: enough that its fixed cost is small, and no more than that.
+
+A call of a model costs something however few rows it gets, so chunks grow while larger ones cost
+less a row. They stop where that pays no more, where a call takes long (it can't be interrupted, and
+progress comes between calls), or where a chunk holds many bytes. What that comes to for which model
+is measured by `benchmarks/chunk_sizes.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+# Where growth begins: a scikit-learn pipeline's fixed cost, about a millisecond, is shared by this
+# many rows, and the most expensive of models answers for them within seconds.
+FIRST_ROWS = 2048
+# Below this, chunks are not what takes the memory.
+FEWEST_ROWS = 64
+# A size is judged by the cheapest of so many calls.
+_CALLS = 3
+# Twice the rows have to cost this much less a row: each doubling also doubles what is in memory.
+_WORTH = 0.95
+_LONGEST_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a predict call took: seconds by the clock, and those of its thread on a core.
+
+    The latter say what a row costs, also where other threads and processes are at work.
+    """
+
+    seconds: float
+    on_core: float
+
+
+class ChunkSize:
+    """The rows of the next chunk, for all shards of a run.
+
+    Args:
+        rows: as many as the caller asked for; None: it is to be found out.
+        most_bytes: of a chunk that was found out, as Arrow has it.
+
+    `settled` is whether chunks grow no more.
+    """
+
+    def __init__(self, rows: int | None = None, *, most_bytes: int) -> None:
+        self.rows = rows or FIRST_ROWS
+        self.settled = rows is not None
+        self._most_bytes = most_bytes
+        self._quickest = math.inf
+        self._smaller = math.inf
+        self._calls = 0
+        self._followers: list[Callable[[], None]] = []
+
+    def learn(self, rows: int, cost: Cost, size: int) -> None:
+        """Takes note of a call: its rows, what it cost, and the bytes of its chunk."""
+        if self.settled or rows != self.rows:
+            return
+        self._quickest = min(self._quickest, cost.on_core / rows)
+        self._calls += 1
+        if self._calls < _CALLS:
+            return
+        if self._quickest > _WORTH * self._smaller:
+            # The smaller chunk was as good.
+            self._settle(rows // 2)
+        elif 2 * cost.seconds > _LONGEST_SECONDS or 2 * size > self._most_bytes:
+            self._settle(rows)
+        else:
+            self._smaller, self._quickest, self._calls = self._quickest, math.inf, 0
+            self.rows = 2 * rows
+
+    def shrink(self) -> bool:
+        """Halves the chunks from now on; False where they are as small as may be already."""
+        if self.rows <= FEWEST_ROWS:
+            return False
+        self._settle(max(self.rows // 2, FEWEST_ROWS))
+        for follow in self._followers:
+            follow()
+        return True
+
+    def follow(self, shrink: Callable[[], None]) -> None:
+        """Has `shrink` called whenever the chunks are halved for want of memory."""
+        self._followers.append(shrink)
+
+    def _settle(self, rows: int) -> None:
+        self.rows, self.settled = rows, True

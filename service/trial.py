@@ -1,0 +1,169 @@
+"""Whether a model needs processes, measured on the first rows of its table.
+
+scikit-learn's compiled code lets go of Python's interpreter lock, so its calls share the cores as
+threads. A model whose time goes into Python, a transformer of the user's own or a text vectorizer,
+holds the lock: its calls take turns, however many threads there are.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from threading import Thread
+
+import anyio
+import pyarrow as pa
+import structlog
+
+from mlsys.clients import StorageApi
+from mlsys.read import read_stream
+from mlsys.settings import Settings
+from mlsys.tasks import task_group
+from service.predict import in_thread
+from service.shard import Task
+from service.threads import Threads
+
+_log = structlog.get_logger(__name__)
+
+# Nothing is measured of a table that is done sooner than it takes to start processes, 2 seconds.
+_PAYS_SECONDS = 4
+# Of fewer rows nothing is asked: they would have to take 80 µs each, which few models do.
+_FEWEST_ROWS = 50_000
+# A call that is timed takes at least this long, where there are rows enough.
+_CALL_SECONDS = 0.03
+_FIRST_ROWS = 256
+_KNOCK_SECONDS = 0.0005
+_PUT_OFF_SECONDS = 1.0
+# What a further thread has to bring, at least, in parts of a core.
+_HELPS = 0.35
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What was measured: seconds a row, and the part of a call that others have the interpreter."""
+
+    row_seconds: float
+    shared: float
+
+    def speedup(self, calls: int) -> float:
+        """How many times as much so many threads do as one (Amdahl's law)."""
+        return 1 / (1 - self.shared + self.shared / calls)
+
+    def processes_pay(self, rows: int, calls: int) -> bool:
+        """Whether `rows` rows are done sooner, start included, in as many processes as calls."""
+        speedup = self.speedup(calls)
+        saved = rows * self.row_seconds * (1 / speedup - 1 / calls)
+        return speedup < 1 + _HELPS * (calls - 1) and saved > _PAYS_SECONDS
+
+
+async def interpreter_bound(
+    task: Task,
+    rows: int,
+    *,
+    api: StorageApi,
+    settings: Settings,
+    limiter: anyio.CapacityLimiter,
+    calls: int,
+) -> bool:
+    """Whether the model's calls hold the interpreter, and so much that processes pay.
+
+    Args:
+        rows: in the table, at most.
+        calls: that would run at once.
+    """
+    if rows < _FEWEST_ROWS:
+        return False
+    sample = await _sample(task, api, settings)
+    if sample is None:
+        return False
+    try:
+        trial = await in_thread(partial(_measure, task.predictor, sample, rows), limiter)
+    except BaseException as error:
+        if not isinstance(error, Exception):
+            raise
+        return False  # The run itself finds the row and tells of it.
+    if trial is None:
+        return False
+    pays = trial.processes_pay(rows, calls)
+    _log.info("model tried", interpreter_shared=round(trial.shared, 2), processes=pays)
+    return pays
+
+
+async def _sample(task: Task, api: StorageApi, settings: Settings) -> pa.Table | None:
+    """The first message of the first stream; None where it has no rows."""
+    batches_in, batches_out = anyio.create_memory_object_stream[pa.RecordBatch](0)
+    sample = None
+    with batches_out:
+        async with task_group() as tasks:
+            tasks.start_soon(
+                partial(
+                    read_stream,
+                    api,
+                    task.session,
+                    task.session.streams[0],
+                    batches_in,
+                    retry_seconds=settings.retry_seconds,
+                    silence_seconds=settings.silence_seconds,
+                )
+            )
+            async for batch in batches_out:
+                if batch.num_rows:
+                    sample = pa.Table.from_batches([batch])
+                    break
+            tasks.cancel_scope.cancel()
+    return sample
+
+
+def _measure(predictor: Callable[[pa.Table], object], sample: pa.Table, rows: int) -> Trial | None:
+    """Times calls of the model; None where the table is not worth it."""
+    threads = Threads(1)
+    chunk = sample.slice(0, _FIRST_ROWS)
+    call = partial(threads.call, lambda: predictor(chunk))
+    while (seconds := _core_seconds(call)) < _CALL_SECONDS and chunk.num_rows < sample.num_rows:
+        chunk = sample.slice(0, 4 * chunk.num_rows)
+    row_seconds = seconds / chunk.num_rows
+    if rows * row_seconds < _PAYS_SECONDS:
+        return None
+    return Trial(row_seconds, _shared(call))
+
+
+def _core_seconds(call: Callable[[], object]) -> float:
+    start = time.thread_time()
+    call()
+    return time.thread_time() - start
+
+
+def _shared(call: Callable[[], object]) -> float:
+    """For which part of a call another thread can have the interpreter, from 0 to 1.
+
+    A thread that asks for it again and again is let in only where the call lets go by itself, as
+    Python's own switching is put off meanwhile. How often, against how often while nobody holds it:
+    that compares well on a machine that others use too, where seconds by the clock do not.
+    """
+    knocks, done = 0, False
+
+    def knock() -> None:
+        nonlocal knocks
+        while not done:
+            time.sleep(_KNOCK_SECONDS)
+            knocks += 1
+
+    def rate(work: Callable[[], object]) -> float:
+        before, start = knocks, time.perf_counter()
+        while (seconds := time.perf_counter() - start) < _CALL_SECONDS:
+            work()
+        return (knocks - before) / seconds
+
+    knocker, switching = Thread(target=knock), sys.getswitchinterval()
+    knocker.start()
+    sys.setswitchinterval(_PUT_OFF_SECONDS)
+    try:
+        free = rate(partial(time.sleep, _CALL_SECONDS))
+        return min(rate(call) / free, 1.0) if free else 1.0
+    finally:
+        sys.setswitchinterval(switching)
+        done = True
+        knocker.join()

@@ -1,0 +1,104 @@
+"""Chunks grow while larger ones cost less a row, and shrink where memory is short."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import cycle
+
+import pytest
+
+from service.sizing import FEWEST_ROWS, FIRST_ROWS, ChunkSize, Cost
+
+MIB = 2**20
+ROW_BYTES = 100
+
+
+def calls(seconds: float, waits: float = 0) -> Cost:
+    """A call that takes so long on a core, and waits besides."""
+    return Cost(seconds + waits, seconds)
+
+
+def settled(
+    cost: Callable[[int], float], *, row_bytes: int = ROW_BYTES, most_bytes: int = 100 * MIB
+) -> int:
+    """The rows of a chunk in the end, where a call of so many rows takes `cost` seconds."""
+    sizes = ChunkSize(most_bytes=most_bytes)
+    for _ in range(100):
+        sizes.learn(sizes.rows, calls(cost(sizes.rows)), sizes.rows * row_bytes)
+    return sizes.rows
+
+
+def test_a_cost_that_each_call_has_makes_chunks_grow_until_it_hardly_counts() -> None:
+    fixed, per_row = 0.005, 1e-7
+
+    rows = settled(lambda rows: fixed + per_row * rows)
+
+    # A row costs a tenth more than in an endless chunk; half the rows would make that a fifth.
+    assert 0.05 < fixed / rows / per_row < 0.12
+
+
+def test_where_each_row_costs_the_same_chunks_stay_as_they_begin() -> None:
+    assert settled(lambda rows: 1e-5 * rows) == FIRST_ROWS
+
+
+def test_a_call_does_not_take_longer_than_a_caller_would_wait_for_progress() -> None:
+    slow = settled(lambda rows: 0.08 + 1e-6 * rows)
+
+    assert 0.08 + 1e-6 * slow <= 0.5
+
+
+@pytest.mark.parametrize("row_bytes", [100, 10_000])
+def test_chunks_hold_no_more_bytes_than_they_may(row_bytes: int) -> None:
+    rows = settled(lambda rows: 0.01 + 1e-9 * rows, row_bytes=row_bytes, most_bytes=64 * MIB)
+
+    assert rows * row_bytes <= 64 * MIB < 2 * rows * row_bytes
+
+
+def test_time_that_a_call_waits_for_a_core_says_nothing_of_its_rows() -> None:
+    sizes, waits = ChunkSize(most_bytes=100 * MIB), cycle([0.0, 0.1, 0.05])
+    for _ in range(100):
+        cost = calls(0.005 + 1e-7 * sizes.rows, next(waits))
+        sizes.learn(sizes.rows, cost, sizes.rows * ROW_BYTES)
+
+    assert sizes.rows == settled(lambda rows: 0.005 + 1e-7 * rows)
+
+
+def test_one_slow_call_on_a_busy_machine_does_not_decide() -> None:
+    sizes = ChunkSize(most_bytes=100 * MIB)
+    for call in range(100):
+        busy = 0.05 if call % 3 else 0
+        seconds = busy + 0.005 + 1e-7 * sizes.rows
+        sizes.learn(sizes.rows, calls(seconds), sizes.rows * ROW_BYTES)
+
+    assert sizes.rows == settled(lambda rows: 0.005 + 1e-7 * rows)
+
+
+def test_a_last_short_chunk_and_those_of_another_size_are_not_judged() -> None:
+    sizes = ChunkSize(most_bytes=MIB)
+    for _ in range(10):
+        sizes.learn(FIRST_ROWS // 2, calls(10), 10)
+
+    assert sizes.rows == FIRST_ROWS
+
+
+def test_rows_that_the_caller_asked_for_are_what_a_call_gets() -> None:
+    sizes = ChunkSize(7, most_bytes=1)
+    for _ in range(10):
+        sizes.learn(7, calls(10), 100)
+
+    assert sizes.rows == 7
+
+
+@pytest.mark.parametrize("asked", [None, 1000])
+def test_for_want_of_memory_chunks_are_halved_down_to_the_fewest_rows(asked: int | None) -> None:
+    sizes, told = ChunkSize(asked, most_bytes=MIB), []
+    sizes.follow(lambda: told.append(sizes.rows))
+    before = sizes.rows
+
+    assert sizes.shrink()
+    assert sizes.rows == before // 2
+    while sizes.shrink():
+        sizes.learn(sizes.rows, calls(1e-9), 1)  # They do not grow again.
+    assert sizes.rows == FEWEST_ROWS
+    assert told == sorted(told, reverse=True)
+    assert told[-1] == FEWEST_ROWS

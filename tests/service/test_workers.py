@@ -1,0 +1,121 @@
+"""A model that holds the interpreter is predicted by processes, all or nothing all the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import psutil
+import pytest
+
+from mlsys.local import LocalServers
+from tests.conftest import Client, Cloud
+from tests.service import models
+from tests.service.support import (
+    PATIENCE,
+    abandoned,
+    assert_nothing_appended,
+    assert_problem,
+    log_lines,
+    numbers,
+    process_environment,
+    request_for,
+    service_process,
+)
+
+MANY = 200_000  # Enough for the local server to give several streams.
+# A second of it is not worth a process, this is.
+MICROS = 60
+
+
+@pytest.fixture(scope="module")
+def table(cloud: Cloud) -> str:
+    return cloud.put(numbers(MANY))
+
+
+@pytest.fixture
+def start(start_service: Callable[..., Client]) -> Callable[..., Client]:
+    return lambda **changes: start_service(
+        **{"read_streams": 2, "predict_threads": 2, "worker_processes": 2} | changes
+    )
+
+
+def test_a_model_that_holds_the_interpreter_is_predicted_by_processes(
+    start: Callable[..., Client], cloud: Cloud, table: str
+) -> None:
+    output, model = cloud.new_table(), cloud.publish(models.PythonPerRow(MICROS))
+    service = start()
+
+    with log_lines() as lines:
+        response = service.predict(table, output, model)
+
+    assert response.json()["rows"] == MANY, response.text
+    assert lines.wait_for("model tried")["processes"]
+    [told] = cloud.query(
+        "SELECT COUNT(*) AS n, COUNT(DISTINCT id) AS ids, SUM(id) AS sum, "
+        f"COUNTIF(Prediction != 2 * id) AS wrong FROM `{output}`"
+    )
+    assert dict(told) == {"n": MANY, "ids": MANY, "sum": sum(range(MANY)), "wrong": 0}
+
+
+def test_a_model_that_raises_in_a_process_is_told_with_its_row(
+    start: Callable[..., Client], cloud: Cloud, table: str
+) -> None:
+    output, model = cloud.new_table(), cloud.publish(models.PythonPerRow(MICROS, raises_at=150_000))
+
+    service = start()
+
+    with log_lines() as lines:
+        response = service.predict(table, output, model)
+
+    assert lines.wait_for("model tried")["processes"]
+    told = assert_problem(response, 500, "ArithmeticError", "Nothing was written")
+    assert told["exception"] == "ArithmeticError"
+    assert isinstance(told["row"], int)
+    assert_nothing_appended(cloud, output)
+
+
+def test_a_process_that_is_killed_ends_the_run_and_nothing_is_written(
+    start: Callable[..., Client], cloud: Cloud, table: str
+) -> None:
+    output, model = cloud.new_table(), cloud.publish(models.PythonPerRow(MICROS, dies_at=150_000))
+
+    response = start().predict(table, output, model)
+
+    assert_problem(response, 503, "exit status -9", "Nothing was written")
+    assert_nothing_appended(cloud, output)
+
+
+def test_a_caller_who_goes_away_ends_the_processes(
+    start: Callable[..., Client], cloud: Cloud, table: str
+) -> None:
+    output, model = cloud.new_table(), cloud.publish(models.PythonPerRow(MICROS))
+    service = start()
+
+    with log_lines() as lines:
+        with abandoned(service, request_for(table, output, model)):
+            workers = [lines.wait_for("worker started")["pid"] for _ in range(2)]
+        lines.wait_for("GET /predict 499")
+
+    assert_ended(workers)
+    assert_nothing_appended(cloud, output)
+
+
+def test_processes_end_with_a_service_that_is_killed(
+    servers: LocalServers, cloud: Cloud, table: str
+) -> None:
+    output, model = cloud.new_table(), cloud.publish(models.PythonPerRow(MICROS))
+    env = process_environment(**servers.env, READ_STREAMS="2", WORKER_PROCESSES="2")
+    with service_process(env | {"PREDICT_THREADS": "2"}) as service:
+        with abandoned(Client(base_url=service.url), request_for(table, output, model)):
+            told = [json.loads(service.wait_for_line("worker started")) for _ in range(2)]
+            service.process.kill()
+
+        assert_ended([each["pid"] for each in told])
+    assert_nothing_appended(cloud, output)
+
+
+def assert_ended(workers: list[int]) -> None:
+    running = [psutil.Process(each) for each in workers if psutil.pid_exists(each)]
+    _, alive = psutil.wait_procs(running, timeout=PATIENCE)
+    assert not alive
