@@ -114,7 +114,10 @@ def test_a_run_writes_once_whatever_fails(
 ) -> None:
     assert counts[call] or call in JOURNAL, f"a run does not call {call}"
 
-    failures = all_failures(rig, faults_of(call, counts[call]), disturbed)
+    # How often a lease is renewed is up to the machine: only the first such write is sure to come.
+    count = 1 if call == "runs.upload.running" else counts[call]
+
+    failures = all_failures(rig, faults_of(call, count), disturbed)
 
     assert not failures, "\n".join(failures)
     for instance in rig.instances:

@@ -166,16 +166,17 @@ def until(event: anyio.Event) -> Callable[[Run], Awaitable[PredictResult]]:
     return work
 
 
-async def limit_above_use(mib: int, share: float = 0.8) -> int:
-    """A limit of which `share` is so many MiB more than what this process uses."""
-    memory = Memory(PLENTY, MIB)
+async def memory_with(mib: int, run_bytes: int = 1, share: float = 0.8) -> Memory:
+    """One of which `share` is so many MiB more than what this process and its servers use."""
+    memory = Memory(PLENTY, run_bytes)
     await memory.look_below()
-    return int((memory.used() + mib * MIB) / share)
+    memory.limit = int((memory.used() + mib * MIB) / share)
+    return memory
 
 
 @pytest.mark.anyio
 async def test_a_run_begins_beside_others_only_where_there_is_room() -> None:
-    memory, let_go = Memory(await limit_above_use(250), 100 * MIB), anyio.Event()
+    memory, let_go = await memory_with(250, 100 * MIB), anyio.Event()
     async with runs_within(memory) as runs:
         first, second = (runs.start(request(), until(let_go)) for _ in range(2))
         with pytest.raises(TooManyRuns, match="MiB of memory.* beside the 2 under way") as refused:
@@ -194,7 +195,7 @@ async def test_a_run_begins_beside_others_only_where_there_is_room() -> None:
 
 @pytest.mark.anyio
 async def test_what_is_in_use_counts_where_it_is_more_than_was_expected() -> None:
-    memory, let_go = Memory(await limit_above_use(250), 100 * MIB), anyio.Event()
+    memory, let_go = await memory_with(250, 100 * MIB), anyio.Event()
     async with runs_within(memory) as runs:
         runs.start(request(), until(let_go))
         held = b"x" * (200 * MIB)
@@ -206,7 +207,7 @@ async def test_what_is_in_use_counts_where_it_is_more_than_was_expected() -> Non
 
 @pytest.mark.anyio
 async def test_a_run_that_is_alone_may_always_begin() -> None:
-    memory, let_go = Memory(await limit_above_use(10), 100 * MIB), anyio.Event()
+    memory, let_go = await memory_with(10, 100 * MIB), anyio.Event()
     async with runs_within(memory) as runs:
         run = runs.start(request(), until(let_go))
         let_go.set()
@@ -217,7 +218,7 @@ async def test_a_run_that_is_alone_may_always_begin() -> None:
 
 @pytest.mark.anyio
 async def test_where_memory_gets_short_each_run_is_asked_for_less() -> None:
-    memory, let_go = Memory(await limit_above_use(100), 1), anyio.Event()
+    memory, let_go = await memory_with(100), anyio.Event()
     asked: list[str] = []
     all_asked = anyio.Event()
 
@@ -252,7 +253,7 @@ async def test_where_memory_gets_short_each_run_is_asked_for_less() -> None:
 
 @pytest.mark.anyio
 async def test_before_memory_runs_out_the_newest_run_ends_and_the_others_go_on() -> None:
-    memory, let_go = Memory(await limit_above_use(100), 1), anyio.Event()
+    memory, let_go = await memory_with(100), anyio.Event()
     async with runs_within(memory) as runs:
         older, newest = (runs.start(request(), until(let_go)) for _ in range(2))
         await anyio.wait_all_tasks_blocked()
@@ -272,7 +273,7 @@ async def test_before_memory_runs_out_the_newest_run_ends_and_the_others_go_on()
 
 @pytest.mark.anyio
 async def test_a_watch_begins_anew_with_the_next_run() -> None:
-    memory, let_go = Memory(await limit_above_use(100), 1), anyio.Event()
+    memory, let_go = await memory_with(100), anyio.Event()
     async with runs_within(memory) as runs:
         for _ in range(2):
             run = runs.start(request(), until(let_go))
@@ -289,7 +290,7 @@ def blob(name: str, mib: int) -> Blob:
 
 @pytest.mark.anyio
 async def test_models_that_are_kept_go_where_another_would_not_fit_beside_them() -> None:
-    memory, loads = Memory(await limit_above_use(300), 1), []
+    memory, loads = await memory_with(300), []
 
     async def load(wanted: Blob) -> np.ndarray:
         loads.append(wanted)
