@@ -4,7 +4,7 @@ UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
 RUN := $(UV) run --locked --no-sync
 PORT ?= 8080
 DURATION ?= 1800
-BENCHMARKS ?= limits memory chunk_sizes workers compression
+BENCHMARKS ?= limits memory chunk_sizes workers compression startup peers
 
 # Where a stand-in for the Google provider is, which serves its schema without Terraform's registry.
 # Empty: the terraform on PATH is used, which downloads the provider.
