@@ -86,7 +86,8 @@ class Started:
         """
         answer = httpx2.get(f"{self.url}/predict", params=wanted, timeout=3600)
         if answer.status_code != 200:
-            raise RuntimeError(f"{answer.status_code}: {answer.text}")
+            log = Path(self.log.name).read_text()[-4000:]
+            raise RuntimeError(f"{answer.status_code}: {answer.text}\n{log}")
         return answer.json()
 
 
