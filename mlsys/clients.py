@@ -8,9 +8,11 @@ before its first message.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -59,11 +61,12 @@ class StorageApi:
             response: Any,
             wanted: Callable[[Any], Any] = lambda message: message,
         ) -> Any:
-            return getattr(channel, kind)(
+            call = getattr(channel, kind)(
                 f"/google.cloud.bigquery.storage.v1.{service}/{name}",
                 request_serializer=request.pb().SerializeToString,
                 response_deserializer=lambda data: wanted(response.pb().FromString(data)),
             )
+            return partial(_answer, call) if kind == "unary_unary" else call
 
         read, write = "BigQueryRead", "BigQueryWrite"
         self.create_read_session = method(
@@ -106,6 +109,24 @@ class StorageApi:
             types.BatchCommitWriteStreamsRequest,
             types.BatchCommitWriteStreamsResponse,
         )
+
+
+async def _answer(callable: Any, *request: Any, **options: Any) -> Any:
+    """Awaits a call of one message, and ends it where whoever waits is cancelled.
+
+    grpcio raises a CancelledError of its own in the place of the one that it was sent, and anyio
+    then takes it for somebody else's: a timeout would not end where it was set.
+    """
+    call = callable(*request, **options)
+    answer = asyncio.ensure_future(call)
+    try:
+        await asyncio.wait([answer])
+    finally:
+        if not answer.done():
+            call.cancel()
+            with anyio.CancelScope(shield=True):
+                await asyncio.wait([answer])
+    return answer.result()
 
 
 def routing(**resource: str) -> tuple[tuple[str, str], ...]:

@@ -101,6 +101,8 @@ class Run:
         except Exception as error:
             self._fail(error)
         finally:
+            if self.result is None and self.error is None:
+                self.error = self.ending  # Cancelled from without, as the process ends.
             self.begun.set()
             self.ended.set()
 

@@ -115,7 +115,7 @@ def test_a_run_writes_once_whatever_fails(
     assert counts[call] or call in JOURNAL, f"a run does not call {call}"
 
     # How often a lease is renewed is up to the machine: only the first such write is sure to come.
-    count = 1 if call == "runs.upload.running" else counts[call]
+    count = 1 if call in WRITES else counts[call]
 
     failures = all_failures(rig, faults_of(call, count), disturbed)
 

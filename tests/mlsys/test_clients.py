@@ -241,7 +241,8 @@ async def test_each_status_of_cloud_storage_is_one_of_our_errors(
     anywhere: None, rest: RestServer, status: int
 ) -> None:
     rest.answer = lambda _: google_error(status)
-    async with open_clients(local(storage_emulator_host=rest.url)) as clients:
+    settings = local(storage_emulator_host=rest.url, retry_seconds=0.1)
+    async with open_clients(settings) as clients:
         with pytest.raises(MlsysError) as raised, vendor_errors("The object"):
             await clients.objects.download("bucket", "path")
     assert isinstance(raised.value, BY_STATUS[status])
@@ -289,6 +290,39 @@ async def test_a_port_that_nobody_listens_on_is_unavailable_to_each_client(anywh
         for call in (stream, table, blob):
             with pytest.raises(Unavailable, match="It can't be reached"), vendor_errors("It"):
                 await call()
+
+
+class NeverAnswers(grpc.GenericRpcHandler):
+    """A server of one method, whatever its name, that tells when it is called."""
+
+    def __init__(self) -> None:
+        self.called = anyio.Event()
+
+    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+        return grpc.unary_unary_rpc_method_handler(self._wait)
+
+    async def _wait(self, request: bytes, context: grpc.aio.ServicerContext) -> None:
+        self.called.set()
+        await anyio.sleep_forever()
+
+
+@pytest.mark.anyio
+async def test_a_call_that_is_cancelled_ends_where_it_was_cancelled() -> None:
+    handler = NeverAnswers()
+    server = grpc.aio.server(handlers=[handler])
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        api = StorageApi(channel)
+        with anyio.fail_after(PATIENCE), anyio.CancelScope() as scope:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(api.create_write_stream, types.CreateWriteStreamRequest.pb()())
+                await handler.called.wait()
+                scope.cancel()
+
+    assert scope.cancelled_caught
+    await server.stop(None)
 
 
 @pytest.mark.anyio
