@@ -49,7 +49,7 @@ class Settings(BaseSettings):
         None, description="Rows a predict call gets by default; unset: found out in each run"
     )
     chunk_bytes: PositiveInt = Field(
-        8 * MIB, description="Most bytes of a chunk whose size is found out"
+        3 * MIB, description="Most bytes of a chunk whose size is found out"
     )
     append_request_bytes: Annotated[PositiveInt, Field(le=LARGEST_APPEND)] = Field(
         4 * MIB, description="Largest append request"

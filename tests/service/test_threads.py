@@ -76,6 +76,4 @@ def test_a_call_has_so_many_threads(each: int) -> None:
 
     assert openmp == {each}
     assert Threads(each).call(lambda: effective_n_jobs(None)) == each
-    # A library may have been built, or told by the environment, to have fewer.
-    assert all(pool["num_threads"] <= each for pool in pools if pool["user_api"] == "blas")
     ThreadpoolController().limit(limits=None)
