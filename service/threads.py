@@ -50,15 +50,14 @@ class Threads:
         from threadpoolctl import ThreadpoolController
 
         self._each = each
-        pools = ThreadpoolController()
-        # OpenBLAS has one number for the process, OpenMP one for each thread that calls it.
-        pools.select(user_api="blas").limit(limits=each)
-        self._openmp = pools.select(user_api="openmp")
+        self._pools = ThreadpoolController()
 
     def call[T](self, work: Callable[[], T]) -> T:
         """What `work()` returns; to be called in the thread that is to do it."""
         from joblib import parallel_config
 
-        self._openmp.limit(limits=self._each)
+        # Before each call: OpenMP has a number for each thread that calls it, and OpenBLAS one for
+        # the process, which other runs and scikit-learn itself set as well.
+        self._pools.limit(limits=self._each)
         with parallel_config(backend="threading", n_jobs=self._each):
             return work()

@@ -214,6 +214,24 @@ class Clock:
         await anyio.sleep(seconds)
 
 
+def told_of(record: RunRecord, message: str) -> PredictResult:
+    """A result by which its teller is known."""
+    at = record.pins.predicted_at
+    return PredictResult(
+        message=message,
+        run_id=record.run_id,
+        rows=record.rows,
+        input_table=record.request.input_table,
+        output_table=record.request.output_table,
+        model=ModelUsed(name="titanic", version="v3", uri="gs://…", generation=7),
+        started_at=at,
+        ended_at=at,
+        seconds=0,
+        rows_per_second=0,
+        peak_memory_bytes=0,
+    )
+
+
 class Prediction:
     """What a run does, as `service/engine.py` has it: see `Work`."""
 
@@ -261,20 +279,7 @@ class Prediction:
 
     def result(self, record: RunRecord) -> PredictResult:
         # Of the record alone, so that whoever tells it tells the same.
-        at = record.pins.predicted_at
-        return PredictResult(
-            message=", ".join(record.streams),
-            run_id=record.run_id,
-            rows=record.rows,
-            input_table=record.request.input_table,
-            output_table=record.request.output_table,
-            model=ModelUsed(name="titanic", version="v3", uri="gs://…", generation=7),
-            started_at=at,
-            ended_at=at,
-            seconds=0,
-            rows_per_second=0,
-            peak_memory_bytes=0,
-        )
+        return told_of(record, ", ".join(record.streams))
 
     def problem(self, error: BaseException) -> Problem:
         return problem_of(error if isinstance(error, Exception) else Unavailable("It ended."))
@@ -635,19 +640,7 @@ class Overtaken:
         return 0, None
 
     def result(self, record: RunRecord) -> PredictResult:
-        return PredictResult(
-            message=self._name,
-            run_id=record.run_id,
-            rows=record.rows,
-            input_table=record.request.input_table,
-            output_table=record.request.output_table,
-            model=ModelUsed(name="titanic", version="v3", uri="gs://…", generation=7),
-            started_at=EPOCH,
-            ended_at=EPOCH,
-            seconds=0,
-            rows_per_second=0,
-            peak_memory_bytes=0,
-        )
+        return told_of(record, self._name)
 
     def problem(self, error: BaseException) -> Problem:
         return problem_of(Unavailable("It ended."))

@@ -12,7 +12,7 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from threadpoolctl import ThreadpoolController, threadpool_info
+from threadpoolctl import threadpool_info
 
 from service.threads import Threads, leave_threads_to_us
 
@@ -76,4 +76,11 @@ def test_a_call_has_so_many_threads(each: int) -> None:
 
     assert openmp == {each}
     assert Threads(each).call(lambda: effective_n_jobs(None)) == each
-    ThreadpoolController().limit(limits=None)
+    assert {pool["num_threads"] for pool in pools if pool["user_api"] == "blas"} == {each}
+
+
+def test_what_another_run_has_set_for_the_process_does_not_stay() -> None:
+    ours, others = Threads(1), Threads(2)
+    others.call(threadpool_info)
+
+    assert {pool["num_threads"] for pool in ours.call(threadpool_info)} == {1}
