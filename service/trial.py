@@ -28,7 +28,7 @@ from service.threads import Threads
 
 _log = structlog.get_logger(__name__)
 
-# Nothing is measured of a table that is done sooner than it takes to start processes, 2 seconds.
+# What processes have to save: they take 2 seconds to start, and hold memory as long as they last.
 _PAYS_SECONDS = 4
 # Of fewer rows nothing is asked: they would have to take 80 µs each, which few models do.
 _FEWEST_ROWS = 50_000
@@ -79,12 +79,7 @@ async def interpreter_bound(
     sample = await _sample(task, api, settings)
     if sample is None:
         return False
-    try:
-        trial = await in_thread(partial(_measure, task.predictor, sample, rows), limiter)
-    except BaseException as error:
-        if not isinstance(error, Exception):
-            raise
-        return False  # The run itself finds the row and tells of it.
+    trial = await in_thread(partial(_tried, task.predictor, sample, rows), limiter)
     if trial is None:
         return False
     pays = trial.processes_pay(rows, calls)
@@ -115,6 +110,13 @@ async def _sample(task: Task, api: StorageApi, settings: Settings) -> pa.Table |
                     break
             tasks.cancel_scope.cancel()
     return sample
+
+
+def _tried(predictor: Callable[[pa.Table], object], sample: pa.Table, rows: int) -> Trial | None:
+    try:
+        return _measure(predictor, sample, rows)
+    except BaseException:  # Whatever it is, the run itself finds the row and tells of it.
+        return None
 
 
 def _measure(predictor: Callable[[pa.Table], object], sample: pa.Table, rows: int) -> Trial | None:

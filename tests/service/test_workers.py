@@ -75,6 +75,19 @@ def test_a_model_that_raises_in_a_process_is_told_with_its_row(
     assert_nothing_appended(cloud, output)
 
 
+def test_a_row_that_a_model_raises_on_as_it_is_tried_is_told_as_well(
+    start: Callable[..., Client], cloud: Cloud, table: str
+) -> None:
+    output = cloud.new_table()
+    model = cloud.publish(models.RaisesAt(5.0, exception=GeneratorExit))
+
+    response = start(read_streams=2).predict(table, output, model)
+
+    told = assert_problem(response, 500, "GeneratorExit", "at row", "Nothing was written")
+    assert told["exception"] == "GeneratorExit"
+    assert_nothing_appended(cloud, output)
+
+
 def test_a_process_that_is_killed_ends_the_run_and_nothing_is_written(
     start: Callable[..., Client], cloud: Cloud, table: str
 ) -> None:
