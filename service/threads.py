@@ -55,9 +55,12 @@ class Threads:
     def call[T](self, work: Callable[[], T]) -> T:
         """What `work()` returns; to be called in the thread that is to do it."""
         from joblib import parallel_config
+        from threadpoolctl import OpenBLASController
 
         # Before each call: OpenMP has a number for each thread that calls it, and OpenBLAS one for
         # the process, which other runs and scikit-learn itself set as well.
         self._pools.limit(limits=self._each)
+        # Or threadpoolctl would let no other thread set it for as long as this one lives.
+        OpenBLASController.clear_controlling_thread()
         with parallel_config(backend="threading", n_jobs=self._each):
             return work()

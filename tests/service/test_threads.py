@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from joblib import effective_n_jobs
@@ -81,6 +83,10 @@ def test_a_call_has_so_many_threads(each: int) -> None:
 
 def test_what_another_run_has_set_for_the_process_does_not_stay() -> None:
     ours, others = Threads(1), Threads(2)
-    others.call(threadpool_info)
+    # Both threads live on: each has to be able to set what is the process's.
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as another:
+        before = another.submit(others.call, threadpool_info).result()
+        after = one.submit(ours.call, threadpool_info).result()
 
-    assert {pool["num_threads"] for pool in ours.call(threadpool_info)} == {1}
+    assert {pool["num_threads"] for pool in before} == {2}
+    assert {pool["num_threads"] for pool in after} == {1}
