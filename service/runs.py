@@ -24,6 +24,8 @@ _TIDY_SECONDS = 1.0
 # What runs have for what they were asked for to show, before they are asked again.
 _RELIEF_SECONDS = 0.25
 _END_SECONDS = 1.0
+# For how long a run that was ended is waited for, until what it held is given back.
+_TIDY_UP_SECONDS = 5.0
 
 
 class Run:
@@ -175,9 +177,13 @@ class Runs:
             del self._under_way[run.id]
 
     async def _tidy_up(self) -> None:
-        # Before the caller is told that there was no room, and sends a smaller run.
-        if self._memory is not None and self._memory.used() > self._memory.budget:
-            await self._memory.release()
+        # Before the caller is told that there was no room, and sends a smaller run. A predict call
+        # that was under way is not to be interrupted, and holds what it has until it ends.
+        memory = self._memory
+        with anyio.move_on_after(_TIDY_UP_SECONDS):
+            while memory is not None and memory.used() > memory.budget:
+                await memory.release()
+                await anyio.sleep(_LOOK_SECONDS)
 
     def _check_room(self, memory: Memory) -> None:
         """A run that is alone may always begin: smaller than that the instance can't get."""
@@ -224,6 +230,9 @@ class _Watch:
 
     async def until_none_is_left(self) -> None:
         """Watches for as long as there are runs."""
+        if self._memory.used() > self._memory.budget:
+            # What an earlier run has left behind is not the fault of this one.
+            await self._memory.release()
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._tidy)
             while self._runs:

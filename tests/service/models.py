@@ -198,13 +198,15 @@ class PythonPerRow(Doubles):
 
 
 class EatsMemory(Doubles):
-    """Takes so many MiB more in each call, and keeps them."""
+    """Takes and keeps so many MiB more in each call, which goes on for a while after that."""
 
-    def __init__(self, mib: int) -> None:
+    def __init__(self, mib: int, seconds: float = 0) -> None:
         self.mib = mib
+        self.seconds = seconds
         self.eaten: list[np.ndarray] = []
 
     def predict(self, rows: Any) -> np.ndarray:
         if len(rows) > 1:
             self.eaten.append(np.ones(self.mib << 17))
+            time.sleep(self.seconds)
         return super().predict(rows)
