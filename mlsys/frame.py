@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from datetime import datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING, overload
@@ -110,11 +110,30 @@ def _in_polars(kind: pa.DataType) -> pa.DataType:
 
 def _to_numpy(table: pa.Table) -> np.ndarray:
     numeric = all(is_numeric(field.type) for field in table.schema)
-    shape = (table.num_rows, table.num_columns)
-    array = np.empty(shape, dtype=np.float64 if numeric else object)
-    for position, column in enumerate(table.columns):
-        array[:, position] = _floats(column) if numeric else _objects(column)
+    array = np.empty((table.num_rows, table.num_columns), np.float64 if numeric else object)
+    _fill(array, table, _floats if numeric else _objects)
     return array
+
+
+def by_columns(table: pa.Table) -> np.ndarray:
+    """A table of numbers and booleans as an array of float64, each column in one piece.
+
+    The layout is that of the array in a pandas frame; a null is NaN.
+
+    Returns:
+        An array of shape (n, k), in Fortran's order.
+    """
+    array = np.empty((table.num_rows, table.num_columns), np.float64, order="F")
+    _fill(array, table, _floats)
+    return array
+
+
+def _fill(array: np.ndarray, table: pa.Table, values: Callable[[pa.Array], np.ndarray]) -> None:
+    for position, column in enumerate(table.columns):
+        start = 0
+        for chunk in column.chunks:
+            array[start : start + len(chunk), position] = values(chunk)
+            start += len(chunk)
 
 
 def is_numeric(kind: pa.DataType) -> bool:
@@ -128,13 +147,13 @@ def is_numeric(kind: pa.DataType) -> bool:
     )
 
 
-def _floats(column: pa.ChunkedArray) -> np.ndarray:
+def _floats(column: pa.Array) -> np.ndarray:
     if pa.types.is_boolean(column.type):
         column = column.cast(pa.int8())
     return column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
 
 
-def _objects(column: pa.ChunkedArray) -> np.ndarray:
+def _objects(column: pa.Array) -> np.ndarray:
     values = np.empty(len(column), dtype=object)
     values[:] = column.to_pylist()
     return values

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import anyio
@@ -29,8 +29,9 @@ from google.cloud.bigquery import SchemaField
 
 from mlsys.chunk import Rechunker
 from mlsys.errors import InvalidRequest, ModelRaised, ModelUnusable, redacted
-from mlsys.frame import FrameKind, to_frame
+from mlsys.frame import FrameKind, by_columns, to_frame
 from mlsys.tables import BIGQUERY_TO_ARROW, bigquery_column, standard_type
+from service.arrays import class_path, on_arrays, plain_numbers
 from service.plan import TOLD, Output, Plan, output_schema
 from service.sizing import ChunkSize, Cost
 from service.threads import Threads
@@ -71,6 +72,10 @@ class Predictor:
     classes: tuple[pa.Array, ...] = ()
     probabilities: tuple[Output, ...] = ()
 
+    @cached_property
+    def _on_arrays(self) -> Any | None:
+        return on_arrays(self.estimator) if self.frame is FrameKind.PANDAS else None
+
     @property
     def outputs(self) -> tuple[Output, ...]:
         """The columns that `__call__` makes, in its order."""
@@ -78,27 +83,30 @@ class Predictor:
 
     def __call__(self, rows: pa.Table) -> list[pa.Array]:
         """Predicts a table of n rows: one array of length n for each of `outputs`."""
-        frame = to_frame(rows.select(self.features), self.frame)
-        labels, probabilities = self._predict(frame)
+        chosen, model = rows.select(self.features), self._on_arrays
+        if model is not None and plain_numbers(chosen.schema):
+            labels, probabilities = self._predict(model, by_columns(chosen))
+        else:
+            labels, probabilities = self._predict(self.estimator, to_frame(chosen, self.frame))
         arrays = [*labels, *self._probability_arrays(probabilities)]
         for array in arrays:
             if len(array) != rows.num_rows:
                 raise ValueError(f"predict gave {len(array)} answers for {rows.num_rows} rows")
         return arrays
 
-    def _predict(self, frame: Any) -> tuple[list[pa.Array], Any]:
+    def _predict(self, estimator: Any, frame: Any) -> tuple[list[pa.Array], Any]:
         if not self.probabilities:
-            return self._label_arrays(self.estimator.predict(frame)), None
+            return self._label_arrays(estimator.predict(frame)), None
         from scipy.special import expit
 
-        model, frame = _last_step(self.estimator, frame)
-        if _class_path(model) in _DECISION_IS_BOTH and len(self.classes[0]) == 2:
+        model, frame = _last_step(estimator, frame)
+        if class_path(model) in _DECISION_IS_BOTH and len(self.classes[0]) == 2:
             decision = model.decision_function(frame)
             labels = self.classes[0].take(pa.array((decision > 0).astype(np.int64)))
             second = expit(decision)
             return [labels], np.column_stack([1 - second, second])
         probabilities = model.predict_proba(frame)
-        if len(self.targets) == 1 and _class_path(model) in _MOST_PROBABLE_IS_LABEL:
+        if len(self.targets) == 1 and class_path(model) in _MOST_PROBABLE_IS_LABEL:
             most_probable = pa.array(np.argmax(probabilities, axis=1))
             return [self.classes[0].take(most_probable)], probabilities
         return self._label_arrays(model.predict(frame)), probabilities
@@ -147,14 +155,10 @@ def _array(values: np.ndarray, kind: pa.DataType) -> pa.Array:
     return pa.array(values.tolist(), kind)
 
 
-def _class_path(model: Any) -> str:
-    return f"{type(model).__module__}.{type(model).__qualname__}"
-
-
 def _last_step(model: Any, frame: Any) -> tuple[Any, Any]:
     """The estimator that decides, and what it sees: scikit-learn's own wrappers undone."""
     while True:
-        path = _class_path(model)
+        path = class_path(model)
         if path in _SEARCHES:
             model = model.best_estimator_
         elif path == "sklearn.pipeline.Pipeline" and model.transform_input is None:

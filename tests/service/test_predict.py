@@ -366,12 +366,17 @@ def test_a_calibrated_model_is_passed_through_once_a_chunk() -> None:
 
 
 @pytest.mark.parametrize(("labels", "passes"), [(TWO, 1), (THREE, 2)], ids=["two", "three"])
-def test_boosting_of_two_classes_is_passed_through_once_a_chunk(labels: Any, passes: int) -> None:
+def test_boosting_of_two_classes_is_passed_through_once_a_chunk(
+    labels: Any, passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     predictor = described(fitted(HistGradientBoostingClassifier(max_iter=5), labels), ROWS)
     assert_answers_as_the_model(predictor)
-    passed = []
-    within = predictor.estimator._raw_predict
-    predictor.estimator._raw_predict = lambda *given: passed.append(1) or within(*given)
+    passed, within = [], HistGradientBoostingClassifier._raw_predict
+    monkeypatch.setattr(
+        HistGradientBoostingClassifier,
+        "_raw_predict",
+        lambda *given: passed.append(1) or within(*given),
+    )
 
     predictor(ROWS)
 
