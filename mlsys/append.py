@@ -33,6 +33,7 @@ from mlsys.errors import (
 from mlsys.names import TableRef
 from mlsys.retry import OVERWRITTEN, resuming, retrying
 from mlsys.tasks import task_group
+from mlsys.wire import append_request
 
 _CALL_SECONDS = 60
 _CLOSED_EARLY = "the stream of appends was closed early"
@@ -126,7 +127,7 @@ class _Rows:
 
     offset: int
     rows: int
-    data: bytes
+    data: pa.Buffer
 
 
 class _Appender:
@@ -184,6 +185,8 @@ class _Appender:
             call.cancel()
 
     async def _send(self, call: Any) -> None:
+        # The write stream is named in each request and the schema in a connection's first one: that
+        # is what BigQuery asks for where connections are shared, and the local server always.
         schema = self._schema
         while (rows := await self._next()) is not None:
             await self._room_for(rows)
@@ -192,7 +195,7 @@ class _Appender:
             self._unacked.append(self._unsent.popleft())
             self._unacked_bytes += len(rows.data)
             try:
-                await call.write(_request(self._stream, rows, schema))
+                await call.write(append_request(self._stream, rows.offset, rows.data, schema))
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
                 return  # The connection is lost; the answers' side is told why.
             schema = b""
@@ -217,8 +220,7 @@ class _Appender:
             if not batch.num_rows:
                 continue
             for part in split(batch, self._limits.request_bytes):
-                data = part.serialize().to_pybytes()
-                self._unsent.append(_Rows(self._next_offset, part.num_rows, data))
+                self._unsent.append(_Rows(self._next_offset, part.num_rows, part.serialize()))
                 self._next_offset += part.num_rows
         return self._unsent[0]
 
@@ -271,17 +273,6 @@ def _at_once[T](coroutine: Coroutine[Any, Any, T]) -> T:
     except StopIteration as done:
         return done.value
     raise AssertionError("a call that is done has its status")
-
-
-def _request(stream: str, rows: _Rows, schema: bytes) -> Any:
-    # The write stream is named in each request and the schema in a connection's first one: that
-    # is what BigQuery asks for where connections are shared, and the local server always.
-    request = types.AppendRowsRequest.pb()(write_stream=stream)
-    request.offset.value = rows.offset
-    request.arrow_rows.rows.serialized_record_batch = rows.data
-    if schema:
-        request.arrow_rows.writer_schema.serialized_schema = schema
-    return request
 
 
 def _check(response: Any, rows: _Rows) -> None:

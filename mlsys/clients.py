@@ -27,6 +27,7 @@ from google.cloud.bigquery_storage_v1 import types
 from mlsys import errors
 from mlsys.retry import retrying
 from mlsys.settings import Settings
+from mlsys.wire import rows_of
 
 if TYPE_CHECKING:
     from google.auth.credentials import Credentials
@@ -50,65 +51,59 @@ CHANNEL_OPTIONS = (
 
 
 class StorageApi:
-    """The methods of the BigQuery Storage Read and Write APIs, as raw `grpc.aio` callables."""
+    """The methods of the BigQuery Storage Read and Write APIs, as raw `grpc.aio` callables.
+
+    They take and answer protobuf's own types, but for the two that carry rows (see `mlsys.wire`):
+    `read_rows` answers serialized record batches, and `append_rows` takes serialized requests.
+    """
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
         def method(
             kind: str,
-            service: str,
             name: str,
-            request: Any,
-            response: Any,
-            wanted: Callable[[Any], Any] = lambda message: message,
+            serializer: Callable[[Any], bytes] | None,
+            deserializer: Callable[[bytes], Any],
         ) -> Any:
             call = getattr(channel, kind)(
-                f"/google.cloud.bigquery.storage.v1.{service}/{name}",
-                request_serializer=request.pb().SerializeToString,
-                response_deserializer=lambda data: wanted(response.pb().FromString(data)),
+                f"/google.cloud.bigquery.storage.v1.{name}", serializer, deserializer
             )
             return partial(_answer, call) if kind == "unary_unary" else call
 
+        def unary(name: str, request: Any, response: Any) -> Any:
+            return method("unary_unary", name, _serializer(request), _deserializer(response))
+
         read, write = "BigQueryRead", "BigQueryWrite"
-        self.create_read_session = method(
-            "unary_unary",
-            read,
-            "CreateReadSession",
-            types.CreateReadSessionRequest,
-            types.ReadSession,
+        self.create_read_session = unary(
+            f"{read}/CreateReadSession", types.CreateReadSessionRequest, types.ReadSession
         )
         # The serialized batch alone: whoever kept its message would hold the rows twice.
         self.read_rows = method(
-            "unary_stream",
-            read,
-            "ReadRows",
-            types.ReadRowsRequest,
-            types.ReadRowsResponse,
-            lambda message: message.arrow_record_batch.serialized_record_batch,
+            "unary_stream", f"{read}/ReadRows", _serializer(types.ReadRowsRequest), rows_of
         )
-        self.create_write_stream = method(
-            "unary_unary",
-            write,
-            "CreateWriteStream",
-            types.CreateWriteStreamRequest,
-            types.WriteStream,
+        self.create_write_stream = unary(
+            f"{write}/CreateWriteStream", types.CreateWriteStreamRequest, types.WriteStream
         )
         self.append_rows = method(
-            "stream_stream", write, "AppendRows", types.AppendRowsRequest, types.AppendRowsResponse
+            "stream_stream", f"{write}/AppendRows", None, _deserializer(types.AppendRowsResponse)
         )
-        self.finalize_write_stream = method(
-            "unary_unary",
-            write,
-            "FinalizeWriteStream",
+        self.finalize_write_stream = unary(
+            f"{write}/FinalizeWriteStream",
             types.FinalizeWriteStreamRequest,
             types.FinalizeWriteStreamResponse,
         )
-        self.batch_commit_write_streams = method(
-            "unary_unary",
-            write,
-            "BatchCommitWriteStreams",
+        self.batch_commit_write_streams = unary(
+            f"{write}/BatchCommitWriteStreams",
             types.BatchCommitWriteStreamsRequest,
             types.BatchCommitWriteStreamsResponse,
         )
+
+
+def _serializer(message: Any) -> Callable[[Any], bytes]:
+    return message.pb().SerializeToString
+
+
+def _deserializer(message: Any) -> Callable[[bytes], Any]:
+    return message.pb().FromString
 
 
 async def _answer(callable: Any, *request: Any, **options: Any) -> Any:

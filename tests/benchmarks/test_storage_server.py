@@ -183,7 +183,7 @@ def request_of(
 
 async def answer_to(api: StorageApi, *requests: Any) -> Any:
     """The last answer on a connection with these requests."""
-    call = api.append_rows(iter(requests))
+    call = api.append_rows(iter([request.SerializeToString() for request in requests]))
     return [answer async for answer in call][-1]
 
 
@@ -251,8 +251,8 @@ async def test_a_paused_server_answers_when_it_goes_on(api: StorageApi, server: 
     await told(server, pause_after=3)
     stream = await create_stream(api, OUTPUT)
     call = api.append_rows()
-    await call.write(request_of(stream, batch_of(3), 0))
-    await call.write(request_of(stream, batch_of(2), 3))
+    await call.write(request_of(stream, batch_of(3), 0).SerializeToString())
+    await call.write(request_of(stream, batch_of(2), 3).SerializeToString())
     answers: list[Any] = []
 
     async def listen() -> None:
