@@ -26,7 +26,7 @@ from service.contract import (
     RunsRequest,
 )
 from service.journal import Journal, Pins, RunRecord
-from service.memory import Memory, peak_memory_bytes
+from service.memory import Memory, peak_memory_bytes, reuse_memory
 from service.model import ModelCache, load_estimator
 from service.once import Lease, write_once
 from service.pipeline import Job, append, commit, prepare
@@ -276,6 +276,7 @@ class _Prediction:
 @asynccontextmanager
 async def open_engine(settings: Settings) -> AsyncIterator[Engine]:
     """An engine for as long as the block lasts; at its end, what still runs is ended."""
+    reuse_memory()
     async with task_group() as tasks:
         memory = Memory.of(settings)
         models = ModelCache(settings.model_cache_bytes, tasks, memory)

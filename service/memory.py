@@ -34,6 +34,11 @@ _BUDGET, _BRINK = 0.8, 0.92
 
 # The limit of the container, by version 2 and 1 of control groups.
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+# Of glibc's mallopt(3). By itself it gives back at once what is freed at the end of its memory, and
+# has the kernel clear as many pages for the next block: buffers of a megabyte do so thousands of
+# times in a run. Up to so many bytes stay, and blocks up to that size are made of them.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_KEPT_BYTES, _LARGEST_KEPT_BYTES = 64 * MIB, 32 * MIB
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _PSS = re.compile(rb"^Pss:\s+(\d+) kB$", re.M)
 _VM_HWM = re.compile(rb"^VmHWM:\s+(\d+) kB$", re.M)
@@ -95,6 +100,18 @@ class Memory:
     async def release(self) -> None:
         """Gives back to the system what nobody needs any more, off the event loop."""
         await anyio.to_thread.run_sync(_release, limiter=self._limiter)
+
+
+def reuse_memory() -> None:
+    """Has this process use again what it has freed; once, before it holds much.
+
+    Arrow gets its memory from where all else does, so that the one can use what the other has
+    freed. Without glibc there is nothing more to tell.
+    """
+    pa.set_memory_pool(pa.system_memory_pool())
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+        mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT_BYTES)
 
 
 def told(size: float) -> str:

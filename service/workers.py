@@ -34,6 +34,7 @@ from mlsys.metadata import ModelMetadata
 from mlsys.settings import Settings
 from mlsys.tasks import task_group
 from service.logs import configure_logging, log_retries
+from service.memory import reuse_memory
 from service.model import load_estimator
 from service.shard import Means, Shard, Task, run_shard
 from service.sizing import ChunkSize
@@ -147,6 +148,7 @@ async def _end(process: Any) -> None:
 def _main(connection: Connection, assignment: Assignment) -> None:
     """What a worker does, from its fork to its end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us.
+    reuse_memory()
     configure_logging()
     log_retries()
     structlog.contextvars.bind_contextvars(run_id=assignment.task.plan.run_id)
