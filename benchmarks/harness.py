@@ -229,8 +229,8 @@ def service(synthetic: Synthetic, **settings: Any) -> Iterator[Service]:
     Raises:
         RuntimeError: it did not start; its last words are in the message.
     """
-    # As the image has it: fewer arenas to allocate from, and less that stays in each.
-    env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "MALLOC_ARENA_MAX": "2"}
+    # As the image has it: one arena to allocate from.
+    env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "MALLOC_ARENA_MAX": "1"}
     env |= synthetic.servers.env
     env |= {name.upper(): str(value) for name, value in settings.items()}
     [port] = free_ports(1)

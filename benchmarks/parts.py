@@ -38,6 +38,7 @@ from mlsys.local import LocalServers
 from mlsys.read import ReadSession, read_stream
 from mlsys.settings import Settings
 from service.contract import PredictRequest
+from service.memory import reuse_memory
 from service.model import ModelCache
 from service.pipeline import Job, prepare
 from service.plan import output_schema
@@ -102,6 +103,7 @@ async def measure(part: str, kind: Kind, rows: int, codec: str) -> Part:
         settings.storage_emulator_host,
     )
     synthetic = Synthetic(servers, 0)
+    reuse_memory()  # As the service does.
     async with open_clients(settings) as clients, anyio.create_task_group() as tasks:
         cache = ModelCache(settings.model_cache_bytes, tasks)
 

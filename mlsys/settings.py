@@ -49,13 +49,13 @@ class Settings(BaseSettings):
         None, description="Rows a predict call gets by default; unset: found out in each run"
     )
     chunk_bytes: PositiveInt = Field(
-        3 * MIB, description="Most bytes of a chunk whose size is found out"
+        6 * MIB, description="Most bytes of a chunk whose size is found out"
     )
     append_request_bytes: Annotated[PositiveInt, Field(le=LARGEST_APPEND)] = Field(
         4 * MIB, description="Largest append request"
     )
     append_unacked_bytes: PositiveInt = Field(
-        8 * MIB, description="Bytes a stream has under way before it waits for an answer"
+        4 * MIB, description="Bytes a stream has under way before it waits for an answer"
     )
     predict_threads: PositiveInt = Field(
         default_factory=lambda: os.cpu_count() or 1, description="Predict calls at once"

@@ -1,7 +1,8 @@
 """How many rows a predict call gets: enough that its fixed cost is small, and no more than that.
 
-A call of a model costs something however few rows it gets, so chunks grow while larger ones cost
-less a row. They stop where that pays no more, where a call takes long (it can't be interrupted, and
+A call of a model costs something however few rows it gets, and so does a chunk on its way to the
+call and from it. So chunks grow while a call is short, and further while larger ones cost less a
+row. They stop where that pays no more, where a call takes long (it can't be interrupted, and
 progress comes between calls), or where a chunk holds many bytes. What that comes to for which model
 is measured by `benchmarks/chunk_sizes.py`.
 """
@@ -19,8 +20,14 @@ FIRST_ROWS = 2048
 FEWEST_ROWS = 64
 # A size is judged by the cheapest of so many calls.
 _CALLS = 3
-# Twice the rows have to cost this much less a row: each doubling also doubles what is in memory.
+# Larger chunks have to cost this much less a row: each doubling also doubles what is in memory.
 _WORTH = 0.95
+# How often they may fail to, one after the other: a core that others use as well slows down by more
+# than that from one moment to the next.
+_MISSES = 2
+# What takes a chunk from stage to stage, reads its rows and sends them costs a few milliseconds a
+# chunk, which no call sees. It hardly counts beside a call of so many seconds on a core.
+_SHORT_SECONDS = 0.02
 _LONGEST_SECONDS = 0.5
 
 
@@ -49,9 +56,9 @@ class ChunkSize:
         self.rows = rows or FIRST_ROWS
         self.settled = rows is not None
         self._most_bytes = most_bytes
+        self._best_rows, self._best = self.rows, math.inf
         self._quickest = math.inf
-        self._smaller = math.inf
-        self._calls = 0
+        self._calls = self._misses = 0
         self._followers: list[Callable[[], None]] = []
 
     def learn(self, rows: int, cost: Cost, size: int) -> None:
@@ -62,13 +69,15 @@ class ChunkSize:
         self._calls += 1
         if self._calls < _CALLS:
             return
-        if self._quickest > _WORTH * self._smaller:
-            # The smaller chunk was as good.
-            self._settle(rows // 2)
-        elif 2 * cost.seconds > _LONGEST_SECONDS or 2 * size > self._most_bytes:
-            self._settle(rows)
+        if self._quickest <= _WORTH * self._best or self._quickest * rows < _SHORT_SECONDS:
+            self._best_rows, self._best, self._misses = rows, self._quickest, 0
         else:
-            self._smaller, self._quickest, self._calls = self._quickest, math.inf, 0
+            self._misses += 1
+        too_large = 2 * cost.seconds > _LONGEST_SECONDS or 2 * size > self._most_bytes
+        if too_large or self._misses == _MISSES:
+            self._settle(self._best_rows)
+        else:
+            self._quickest, self._calls = math.inf, 0
             self.rows = 2 * rows
 
     def shrink(self) -> bool:

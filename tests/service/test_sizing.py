@@ -41,6 +41,24 @@ def test_where_each_row_costs_the_same_chunks_stay_as_they_begin() -> None:
     assert settled(lambda rows: 1e-5 * rows) == FIRST_ROWS
 
 
+def test_a_chunk_is_not_so_small_that_what_it_costs_beside_the_call_would_count() -> None:
+    rows = settled(lambda rows: 1e-7 * rows)
+
+    assert 0.01 < 1e-7 * rows < 0.05
+
+
+def test_a_core_that_slows_down_for_a_while_does_not_end_the_growth() -> None:
+    def cost(rows: int) -> float:
+        busy = 1.5 if rows == 4 * FIRST_ROWS else 1
+        return busy * (0.02 + 1e-6 * rows)
+
+    assert settled(cost) == settled(lambda rows: 0.02 + 1e-6 * rows) > 4 * FIRST_ROWS
+
+
+def test_a_size_that_was_tried_and_is_no_better_is_not_kept() -> None:
+    assert settled(lambda rows: 1e-5 * rows, most_bytes=3 * FIRST_ROWS * ROW_BYTES) == FIRST_ROWS
+
+
 def test_a_call_does_not_take_longer_than_a_caller_would_wait_for_progress() -> None:
     slow = settled(lambda rows: 0.08 + 1e-6 * rows)
 
