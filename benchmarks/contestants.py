@@ -73,14 +73,17 @@ def rows() -> BigQueryReadClient:
     return BigQueryReadClient(transport=BigQueryReadGrpcTransport(channel=channel))
 
 
-def scored(model: Any, ids: Any, features: Any) -> pd.DataFrame:
-    """The columns that the service writes. The model is asked once, as the service asks it."""
+def scored(model: Any, ids: Any, features: Any, *, one_pass: bool = True) -> pd.DataFrame:
+    """The columns that the service writes.
+
+    Args:
+        one_pass: the model is asked once, as the service asks it, which takes knowing that its
+            label is the class of the highest probability; else for each, as its methods are.
+    """
     if hasattr(model, "predict_proba"):
         shares = model.predict_proba(features)
-        columns = {
-            "Prediction": model.classes_.take(shares.argmax(axis=1)),
-            "PredictionProbability": shares[:, 1],
-        }
+        most = model.classes_.take(shares.argmax(axis=1)) if one_pass else model.predict(features)
+        columns = {"Prediction": most, "PredictionProbability": shares[:, 1]}
     else:
         columns = {"Prediction": model.predict(features)}
     return pd.DataFrame(
@@ -102,11 +105,17 @@ def append(client: bigquery.Client, frame: pd.DataFrame, table: str) -> None:
 # The ways
 
 
-def whole(job: Job) -> None:
-    """One frame, one prediction, one load job."""
+def whole(job: Job, *, one_pass: bool = False) -> None:
+    """One frame, `predict` and `predict_proba`, one load job."""
     model, client = job.load(), tables(job.project)
     frame = client.list_rows(job.input).to_dataframe(bqstorage_client=rows())
-    append(client, scored(model, frame["id"], frame[list(job.features)]), job.output)
+    told = scored(model, frame["id"], frame[list(job.features)], one_pass=one_pass)
+    append(client, told, job.output)
+
+
+def whole_one_pass(job: Job) -> None:
+    """The same with `predict_proba` alone."""
+    whole(job, one_pass=True)
 
 
 def ray(job: Job) -> None:
@@ -235,7 +244,7 @@ def _beam(
         )
 
 
-WAYS = {each.__name__: each for each in (whole, ray, beam_by_chunk, beam_by_row)}
+WAYS = {each.__name__: each for each in (whole, whole_one_pass, ray, beam_by_chunk, beam_by_row)}
 
 
 def main() -> None:
