@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 MIB = 2**20
 RESULTS = Path(__file__).parent / "results"
+# What the Dockerfile sets of the environment that counts: one arena to allocate from.
+AS_IN_THE_IMAGE = {"MALLOC_ARENA_MAX": "1"}
 
 _START_SECONDS = 60
 _RUN_SECONDS = 3600
@@ -229,8 +231,7 @@ def service(synthetic: Synthetic, **settings: Any) -> Iterator[Service]:
     Raises:
         RuntimeError: it did not start; its last words are in the message.
     """
-    # As the image has it: one arena to allocate from.
-    env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "MALLOC_ARENA_MAX": "1"}
+    env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)} | AS_IN_THE_IMAGE
     env |= synthetic.servers.env
     env |= {name.upper(): str(value) for name, value in settings.items()}
     [port] = free_ports(1)
