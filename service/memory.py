@@ -36,8 +36,9 @@ _BUDGET, _BRINK = 0.8, 0.92
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 # Of glibc's mallopt(3). By itself it gives back at once what is freed at the end of its memory, and
 # has the kernel clear as many pages for the next block: buffers of a megabyte do so thousands of
-# times in a run. Up to so many bytes stay, and blocks up to that size are made of them.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+# times in a run. Up to so many bytes stay, and blocks up to that size are made of them. They stay
+# where they were freed, in the arena of their thread: so all that start from now on share one.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _KEPT_BYTES, _LARGEST_KEPT_BYTES = 64 * MIB, 32 * MIB
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _PSS = re.compile(rb"^Pss:\s+(\d+) kB$", re.M)
@@ -110,6 +111,7 @@ def reuse_memory() -> None:
     """
     pa.set_memory_pool(pa.system_memory_pool())
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(_M_ARENA_MAX, 1)
         mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
         mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT_BYTES)
 

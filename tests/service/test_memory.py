@@ -254,16 +254,19 @@ async def test_where_memory_gets_short_each_run_is_asked_for_less() -> None:
 @pytest.mark.anyio
 async def test_before_memory_runs_out_the_newest_run_ends_and_the_others_go_on() -> None:
     memory, let_go = await memory_with(100), anyio.Event()
-    async with runs_within(memory) as runs:
-        older, newest = (runs.start(request(), until(let_go)) for _ in range(2))
-        await anyio.wait_all_tasks_blocked()
+
+    async def take_too_much(run: Run) -> PredictResult:
+        run.begin(1)
         held = b"x" * (memory.brink - memory.used() + 10 * MIB)
+        await let_go.wait()
+        return RESULT.model_copy(update={"rows": len(held)})
 
-        while not newest.ended_because:
-            await anyio.wait_all_tasks_blocked()
+    async with runs_within(memory) as runs:
+        older = runs.start(request(), until(let_go))
+        newest = runs.start(request(), take_too_much)
 
-        del held
         await newest.ended.wait()
+
         assert isinstance(newest.error, OutOfMemory)
         assert "MiB of memory" in str(newest.error)
         assert "smaller chunk_rows" in str(newest.error)
