@@ -272,7 +272,10 @@ async def test_a_port_that_nobody_listens_on_is_unavailable_to_each_client(anywh
     [port] = free_ports(1)
     nobody = f"http://127.0.0.1:{port}"
     settings = local(
-        nobody, bigquery_storage_emulator_host=f"127.0.0.1:{port}", storage_emulator_host=nobody
+        nobody,
+        bigquery_storage_emulator_host=f"127.0.0.1:{port}",
+        storage_emulator_host=nobody,
+        retry_seconds=0.1,
     )
     async with open_clients(settings) as clients:
 
@@ -336,7 +339,8 @@ async def test_an_answer_that_takes_too_long_is_unavailable(
         return 200, b""
 
     rest.answer = answer
-    async with open_clients(local(storage_emulator_host=rest.url)) as clients:
+    settings = local(storage_emulator_host=rest.url, retry_seconds=0.1)
+    async with open_clients(settings) as clients:
         with pytest.raises(Unavailable), vendor_errors("It"):
             await clients.objects.download("bucket", "path", timeout=0.05)
         given_up.set()
