@@ -49,7 +49,10 @@ def rows_of(response: bytes) -> bytes:
         google.protobuf.message.DecodeError: it is no such message.
     """
     try:
-        batch = _only(memoryview(response), _RESPONSE, "arrow_record_batch")
+        whole = memoryview(response)
+        if _all(whole, _RESPONSE, "avro_rows"):
+            raise ValueError("rows of another format, in the place of these or before them")
+        batch = _only(whole, _RESPONSE, "arrow_record_batch")
         return bytes(_only(batch, _BATCH, "serialized_record_batch"))
     except (IndexError, ValueError):
         # Written in a way that no server was seen to use; or broken, which protobuf says better.
@@ -80,11 +83,15 @@ def _only(data: memoryview, message: type, field: str) -> memoryview:
     Raises:
         IndexError, ValueError: it is there more than once, or `data` is not a message.
     """
-    number = _number(message, field)
-    found = [value for tag, value in _fields(data) if tag == number << 3 | _DELIMITED]
+    found = _all(data, message, field)
     if len(found) > 1:
         raise ValueError(f"several fields {field}")
     return found[0] if found else data[:0]
+
+
+def _all(data: memoryview, message: type, field: str) -> list[memoryview]:
+    wanted = _number(message, field) << 3 | _DELIMITED
+    return [value for tag, value in _fields(data) if tag == wanted]
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:

@@ -70,6 +70,14 @@ def test_a_response_without_rows_has_none() -> None:
     assert rows_of(types.ReadRowsResponse.pb()(row_count=3).SerializeToString()) == b""
 
 
+def test_rows_of_another_format_take_the_place_of_those_before_them() -> None:
+    other = types.ReadRowsResponse.pb()()
+    other.avro_rows.serialized_binary_rows = b"avro"
+
+    assert rows_of(response_of(b"rows") + other.SerializeToString()) == b""
+    assert rows_of(other.SerializeToString() + response_of(b"rows")) == b"rows"
+
+
 def test_what_is_written_in_parts_is_put_together_as_protobuf_does() -> None:
     assert rows_of(response_of(b"first") + response_of(b"last")) == b"last"
 
