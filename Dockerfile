@@ -40,9 +40,9 @@ RUN --mount=type=cache,target=/root/.cache/uv \
 
 FROM python:3.12-slim-bookworm
 
-# glibc gives each thread an arena to allocate from, eight a core, and none can use what another has
-# freed: with one in all, the peak of a run was seen to be 15 MiB lower than with two, which took 10
-# to 30 MiB off it, and a run as fast.
+# glibc gives threads arenas to allocate from, eight a core, and none can use what another has freed.
+# The peak of a run was seen to be 10 to 30 MiB lower with two in all, and 15 lower again with one, at
+# the same speed. `service/memory.py` sets it too, but some threads start before that.
 ENV MALLOC_ARENA_MAX=1 \
     PATH=/app/.venv/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \

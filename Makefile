@@ -50,7 +50,7 @@ test: setup ## Run the tests against local servers, and report coverage
 soak: setup ## Disturb and kill runs for DURATION (1800) seconds, and count their rows
 	@$(RUN) python -m tests.faults.soak --seconds $(DURATION) --report soak.json
 
-bench: setup ## Measure all that benchmarks/README.md shows, and write it anew (20 minutes)
+bench: setup ## Measure all that benchmarks/README.md shows, and write it anew
 	@set -e; for name in $(BENCHMARKS); do $(RUN) python -m benchmarks.$$name $(ARGS); done
 	@$(RUN) python -m benchmarks.readme
 

@@ -257,9 +257,9 @@ class Plan:
             (BEAM, self.peer_rows),
             (BEAM_ROWS, self.row_rows),
         ):
-            # A linear model has no probabilities; the forest takes a row at a time too long.
-            leaves_out = {BEAM_ROWS} if kind is models.FOREST else {WHOLE_ONCE}
-            if way in ways and way not in leaves_out:
+            # Row by row a forest takes too long; a linear model is asked once in any case.
+            left_out = BEAM_ROWS if kind is models.FOREST else WHOLE_ONCE
+            if way in ways and way != left_out:
                 yield way, rows
 
 

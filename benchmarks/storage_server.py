@@ -44,6 +44,7 @@ from google.rpc import code_pb2, status_pb2
 from benchmarks import tables
 from mlsys.local import PROJECT, LocalServers, cloud_storage, ends_with_us
 from mlsys.tables import bigquery_column
+from mlsys.wire import fields
 
 ROOT = Path(__file__).parents[1]
 DATASET = "rows"
@@ -189,31 +190,9 @@ class Source:
 # Appending
 
 
-def fields_of(message: memoryview) -> Iterator[tuple[int, Any]]:
-    """The fields of a protobuf message: numbers as int, all else as a view of its bytes.
-
-    Raises:
-        ValueError: it has fields of a fixed width, which no message here does.
-    """
-    at = 0
-    while at < len(message):
-        tag, at = _varint(message, at)
-        value, at = _varint(message, at)
-        if tag & 7 == 2:
-            value, at = message[at : at + value], at + value
-        elif tag & 7:
-            raise ValueError(f"a field of wire type {tag & 7}")
-        yield tag >> 3, value
-
-
-def _varint(message: memoryview, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = message[at]
-        value |= (byte & 127) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 128:
-            return value, at
+def fields_of(message: memoryview) -> dict[int, Any]:
+    """The fields of a protobuf message by their numbers, of which each is there once at most."""
+    return {number: value for number, _, value in fields(message)}
 
 
 @dataclass
@@ -227,21 +206,18 @@ class Append:
 
     @classmethod
     def parse(cls, data: bytes) -> Append:
-        found = cls()
-        for number, value in fields_of(memoryview(data)):
-            match number:
-                case 1:
-                    found.stream = str(value, "utf-8")
-                case 2:
-                    found.offset = dict(fields_of(value)).get(1, 0)
-                case 5:
-                    arrow = dict(fields_of(value))
-                    found.schema, found.rows = _only(arrow.get(1)), _only(arrow.get(2))
-        return found
+        found = fields_of(memoryview(data))
+        arrow = fields_of(found[5]) if 5 in found else {}
+        return cls(
+            stream=str(found.get(1, b""), "utf-8"),
+            offset=fields_of(found[2]).get(1, 0) if 2 in found else None,
+            schema=_only(arrow.get(1)),
+            rows=_only(arrow.get(2)),
+        )
 
 
 def _only(message: memoryview | None) -> memoryview | None:
-    return None if message is None else dict(fields_of(message)).get(1)
+    return None if message is None else fields_of(message).get(1)
 
 
 @dataclass

@@ -54,7 +54,7 @@ def rows_of(response: bytes) -> bytes:
             raise ValueError("rows of another format, in the place of these or before them")
         batch = _only(whole, _RESPONSE, "arrow_record_batch")
         return bytes(_only(batch, _BATCH, "serialized_record_batch"))
-    except (IndexError, ValueError):
+    except (LookupError, ValueError):
         # Written in a way that no server was seen to use; or broken, which protobuf says better.
         message = _RESPONSE.FromString(response)
         return message.arrow_record_batch.serialized_record_batch
@@ -81,7 +81,7 @@ def _only(data: memoryview, message: type, field: str) -> memoryview:
     """A field that may be there once; nothing where it is not there.
 
     Raises:
-        IndexError, ValueError: it is there more than once, or `data` is not a message.
+        LookupError, ValueError: it is there more than once, or `data` is not a message.
     """
     found = _all(data, message, field)
     if len(found) > 1:
@@ -90,27 +90,28 @@ def _only(data: memoryview, message: type, field: str) -> memoryview:
 
 
 def _all(data: memoryview, message: type, field: str) -> list[memoryview]:
-    wanted = _number(message, field) << 3 | _DELIMITED
-    return [value for tag, value in _fields(data) if tag == wanted]
+    wanted = (_number(message, field), _DELIMITED)
+    return [value for number, kind, value in fields(data) if (number, kind) == wanted]
 
 
-def _fields(data: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """The tag of each field, and the bytes of what has a length."""
+def fields(data: memoryview) -> Iterator[tuple[int, int, int | memoryview]]:
+    """The fields of a message: number, wire type and value, an int or a view of its bytes.
+
+    Raises:
+        LookupError, ValueError: `data` is not a message, or has groups, which are long out of use.
+    """
     at = 0
     while at < len(data):
         tag, at = _read_varint(data, at)
-        end = at
-        if tag & 7 == _VARINT:
-            _, end = _read_varint(data, at)
-        elif tag & 7 == _DELIMITED:
-            length, at = _read_varint(data, at)
-            end = at + length
-        else:
-            end += _FIXED.get(tag & 7, len(data))
-        if end > len(data):
+        number, kind = tag >> 3, tag & 7
+        length, at = _read_varint(data, at) if kind in (_VARINT, _DELIMITED) else (_FIXED[kind], at)
+        if kind == _VARINT:
+            yield number, kind, length
+            continue
+        if at + length > len(data):
             raise ValueError("a field goes beyond its message")
-        yield tag, data[at:end]
-        at = end
+        yield number, kind, data[at : at + length]
+        at += length
 
 
 def _read_varint(data: memoryview, at: int) -> tuple[int, int]:

@@ -21,7 +21,7 @@ _log = structlog.get_logger(__name__)
 # How often memory is looked at while runs are under way, and what is beside it tidied up.
 _LOOK_SECONDS = 0.025
 _TIDY_SECONDS = 1.0
-# What runs have for what they were asked for to show, before they are asked again.
+# What memory has to get less, before the same is done about it again.
 _RELIEF_SECONDS = 0.25
 _END_SECONDS = 1.0
 # For how long a run that was ended is waited for, until what it held is given back.
@@ -183,7 +183,7 @@ class Runs:
         with anyio.move_on_after(_TIDY_UP_SECONDS):
             while memory is not None and memory.used() > memory.budget:
                 await memory.release()
-                await anyio.sleep(_LOOK_SECONDS)
+                await anyio.sleep(_RELIEF_SECONDS)
 
     def _check_room(self, memory: Memory) -> None:
         """A run that is alone may always begin: smaller than that the instance can't get."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 from google.cloud.bigquery import SchemaField
@@ -34,6 +35,7 @@ from sklearn.linear_model import (
 )
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import MinMaxScaler, OneHotEncoder, RobustScaler, StandardScaler
+from sklearn.utils import check_array
 
 from mlsys.frame import FrameKind, by_columns, to_frame
 from mlsys.tables import bigquery_column
@@ -43,7 +45,7 @@ from service.predict import Predictor, describe
 
 ROWS = 3000
 LARGE = 2**53
-WHOLE = {
+REGRESSORS = {
     "linear": LinearRegression(),
     "ridge": Ridge(),
     "ridge, cross-validated": RidgeCV(),
@@ -120,10 +122,10 @@ def assert_the_same_as_on_frames(model: Any, rows: pa.Table) -> None:
         )
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", REGRESSORS)
 def test_values_are_those_on_frames_to_the_last_bit(name: str) -> None:
     rows = made_up()
-    assert_the_same_as_on_frames(fitted(WHOLE[name], rows), rows)
+    assert_the_same_as_on_frames(fitted(REGRESSORS[name], rows), rows)
 
 
 @pytest.mark.parametrize("classes", [2, 3])
@@ -144,7 +146,7 @@ def test_nulls_are_what_they_are_in_frames(name: str) -> None:
 def test_every_class_that_is_known_is_one_of_those_tested() -> None:
     tested = {
         class_path(step)
-        for model in [*WHOLE.values(), *CLASSIFIERS.values(), *WITH_NULLS.values()]
+        for model in [*REGRESSORS.values(), *CLASSIFIERS.values(), *WITH_NULLS.values()]
         for step in ([s for _, s in model.steps] if isinstance(model, Pipeline) else [model])
     }
     assert tested == arrays._ESTIMATORS | arrays._TRANSFORMERS
@@ -156,8 +158,6 @@ def test_every_class_that_is_known_is_one_of_those_tested() -> None:
 def test_the_array_is_the_one_that_scikit_learn_makes_of_the_frame(
     kinds: list[str], nulls: bool, batches: int
 ) -> None:
-    from sklearn.utils import check_array
-
     rows = made_up(nulls=nulls, batches=batches).select(kinds)
 
     array = by_columns(rows)
@@ -175,8 +175,6 @@ class Own(LinearRegression):
 
 
 def by_dtype() -> Any:
-    import pandas as pd
-
     frame = to_frame(made_up().select(["f", "i"]), FrameKind.PANDAS)
     frame["i"] = pd.Categorical(frame["i"])
     return HistGradientBoostingRegressor(max_iter=2).fit(frame, frame["f"])
