@@ -140,6 +140,38 @@ def test_health_is_answered_while_scikit_learn_is_imported(tmp_path: Path) -> No
     assert process.events[-1]["message"].startswith("Finished server process")
 
 
+WARMED_UP = """
+import gc
+import anyio
+from mlsys.settings import Settings
+from service.startup import starting
+
+async def main():
+    async with starting(Settings(_env_file=None)) as startup:
+        await startup.engine()
+        while gc.get_freeze_count() < 10_000:  # Python itself has some hundred.
+            await anyio.sleep(0.01)
+        print(gc.get_freeze_count(), len(gc.get_objects()))
+
+anyio.run(main)
+"""
+
+
+def test_what_is_imported_is_nothing_that_garbage_is_looked_for_in() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WARMED_UP],
+        cwd=ROOT,
+        env=process_environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        timeout=PATIENCE,
+    )
+
+    kept_out, looked_through = map(int, done.stdout.splitlines()[-1].split())
+    assert looked_through < kept_out / 10
+
+
 def test_an_import_under_way_is_waited_for_where_the_interpreter_ends(tmp_path: Path) -> None:
     pipes = Pipes(tmp_path)
 
