@@ -171,8 +171,13 @@ def _descendants() -> frozenset[int]:
 
 
 def _release() -> None:
-    # What was cancelled leaves exceptions behind that hold on to all that it had.
+    # What was cancelled leaves exceptions behind that hold on to all that it had. Some of them may
+    # have been there when the collector was told to leave alone what there is (`gc.freeze`).
+    left_alone = gc.get_freeze_count()
+    gc.unfreeze()
     gc.collect()
+    if left_alone:
+        gc.freeze()
     pa.default_memory_pool().release_unused()
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc has it.
         trim(0)

@@ -95,7 +95,7 @@ class Startup:
             self._settled.set()
             await _warm_up(_MODELS)
             # What is imported stays. To look through it for garbage takes 0.2 seconds, in which
-            # nobody is answered.
+            # nobody is answered. What else there is now is looked at when memory gets short.
             gc.freeze()
             _log.info("warmed up", seconds=round(anyio.current_time() - begun, 3))
             await anyio.sleep_forever()

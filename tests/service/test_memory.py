@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -105,6 +106,23 @@ def test_the_peak_is_that_since_it_was_asked_for_last() -> None:
 
     assert memory.peak_since_reset() == with_it
     assert memory.peak_since_reset() == pytest.approx(without, abs=20 * MIB)
+
+
+def test_what_the_collector_was_to_leave_alone_is_given_back_once_it_is_garbage() -> None:
+    memory = Memory(PLENTY, MIB)
+    held: list[object] = [b"x" * (200 * MIB)]
+    held.append(held)
+    gc.freeze()
+    try:
+        with_it = memory.used()
+        del held
+
+        anyio.run(memory.release)
+
+        assert memory.used() < with_it - 190 * MIB
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
 
 
 def test_the_limit_is_what_there_is_where_no_setting_says_otherwise() -> None:
