@@ -18,7 +18,7 @@ from dataclasses import dataclass
 FIRST_ROWS = 2048
 # Below this, chunks are not what takes the memory.
 FEWEST_ROWS = 64
-# A size is judged by the cheapest of so many calls.
+# A size is judged by the cheapest of so many calls, or by the first that is short.
 _CALLS = 3
 # Larger chunks have to cost this much less a row: each doubling also doubles what is in memory.
 _WORTH = 0.95
@@ -67,9 +67,10 @@ class ChunkSize:
             return
         self._quickest = min(self._quickest, cost.on_core / rows)
         self._calls += 1
-        if self._calls < _CALLS:
+        short = self._quickest * rows < _SHORT_SECONDS
+        if self._calls < _CALLS and not short:
             return
-        if self._quickest <= _WORTH * self._best or self._quickest * rows < _SHORT_SECONDS:
+        if short or self._quickest <= _WORTH * self._best:
             self._best_rows, self._best, self._misses = rows, self._quickest, 0
         else:
             self._misses += 1

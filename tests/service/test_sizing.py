@@ -47,6 +47,15 @@ def test_a_chunk_is_not_so_small_that_what_it_costs_beside_the_call_would_count(
     assert 0.01 < 1e-7 * rows < 0.05
 
 
+def test_while_calls_are_short_each_is_enough_for_the_next_size() -> None:
+    sizes, asked = ChunkSize(most_bytes=100 * MIB), []
+    while 1e-7 * sizes.rows < 0.02:
+        asked.append(sizes.rows)
+        sizes.learn(sizes.rows, calls(1e-7 * sizes.rows), sizes.rows * ROW_BYTES)
+
+    assert asked == [FIRST_ROWS << doubled for doubled in range(len(asked))]
+
+
 def test_a_core_that_slows_down_for_a_while_does_not_end_the_growth() -> None:
     def cost(rows: int) -> float:
         busy = 1.5 if rows == 4 * FIRST_ROWS else 1
