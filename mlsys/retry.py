@@ -108,7 +108,7 @@ async def resuming[T](
             ):
                 with attempt:
                     return await work()
-        except (grpc.aio.AioRpcError, ConnectionError) as error:
+        except (grpc.aio.AioRpcError, *_LOST) as error:
             wait = transient(error)
             if progress() == reached or not wait:
                 raise

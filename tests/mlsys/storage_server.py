@@ -55,6 +55,17 @@ class Fault:
         await context.abort(self.code, self.details, trailer)
 
 
+@dataclass(frozen=True)
+class Silence:
+    """The server says no more on a call and leaves it open, `applied` or not as with a Fault."""
+
+    applied: bool = False
+    lasting: bool = False
+
+    async def end(self, context: grpc.aio.ServicerContext) -> None:
+        await asyncio.sleep(math.inf)
+
+
 RESET = Fault(grpc.StatusCode.INTERNAL, "Received RST_STREAM with error code 2")
 LOST = Fault(grpc.StatusCode.UNAVAILABLE, "Socket closed")
 LOST_APPLIED = Fault(grpc.StatusCode.UNAVAILABLE, "Socket closed", applied=True)
@@ -111,9 +122,9 @@ class StorageServer(grpc.GenericRpcHandler):
 
     Attributes:
         replies: by method: what the next calls get instead of the usual answer, a Fault or a
-            message, in that order. For ReadRows it is the row to stop at, and the Fault.
+            message, in that order. For ReadRows it is the row to stop at, and a Fault or a Silence.
         steps: by offset: what happens once when an append with that offset arrives, a Fault, a
-            Close, or a message to answer.
+            Silence, a Close, or a message to answer.
         unasked: answers that follow the next ones, though nothing was sent for them.
         acks: while it is not set, appends are taken but not answered.
     """
@@ -230,7 +241,7 @@ class StorageServer(grpc.GenericRpcHandler):
                     call.requests.append(request)
                     self._change()
                     step = self._step(request.offset.value)
-                    if isinstance(step, Fault | Close):
+                    if isinstance(step, Fault | Silence | Close):
                         if step.applied:
                             self._apply(request)
                         if isinstance(step, Close) and step.answered:
@@ -242,7 +253,7 @@ class StorageServer(grpc.GenericRpcHandler):
                     answers.send_nowait(self._apply(request) if step is None else step)
                     while self.unasked:
                         answers.send_nowait(self.unasked.pop())
-        if isinstance(end, Fault):
+        if isinstance(end, Fault | Silence):
             await end.end(context)
 
     def _step(self, offset: int) -> Any:

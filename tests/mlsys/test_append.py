@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import anyio
@@ -48,6 +48,7 @@ from tests.mlsys.storage_server import (
     RESET,
     Close,
     Fault,
+    Silence,
     StorageServer,
     answer,
     batches_of,
@@ -301,6 +302,20 @@ async def test_a_lost_connection_is_made_again_and_what_was_not_acknowledged_sen
     first, second = server.of("AppendRows")
     assert first.offsets == list(range(0, offset + 10, 10))
     assert second.offsets == list(range(offset, 100, 10))
+
+
+@pytest.mark.parametrize("applied", [False, True], ids=["before", "applied"])
+@pytest.mark.parametrize("offset", [0, 50, 90])
+async def test_a_server_that_falls_silent_is_called_again(
+    server: StorageServer, api: StorageApi, offset: int, applied: bool
+) -> None:
+    server.steps[offset] = Silence(applied)
+    append = await append_all(api, batches_of(100, 10), limits=replace(LIMITS, silence_seconds=0.2))
+
+    assert_stored_once(server, append, 100)
+    silent, again = server.of("AppendRows")
+    assert again.offsets == list(range(offset, 100, 10))
+    assert silent.cancelled
 
 
 async def test_answers_that_were_lost_are_asked_for_again(

@@ -25,6 +25,7 @@ from tests.mlsys.storage_server import (
     PATIENCE,
     RESET,
     Fault,
+    Silence,
     StorageServer,
     batches_of,
     cutting_proxy,
@@ -119,6 +120,19 @@ async def test_a_stream_that_breaks_is_opened_again_at_the_row_it_had_come_to(
 
     assert await read_ids(server, api) == list(range(100))
     assert [call.request.offset for call in server.of("ReadRows")] == [0, row]
+
+
+@pytest.mark.parametrize("row", [0, 10, 57, 100])
+async def test_a_stream_that_falls_silent_is_opened_again_at_the_row_it_had_come_to(
+    server: StorageServer, api: StorageApi, row: int
+) -> None:
+    server.sources["s"] = batches_of(100, 10)
+    server.replies["ReadRows"].append((row, Silence()))
+
+    assert await read_ids(server, api, silence_seconds=0.2) == list(range(100))
+    silent, again = server.of("ReadRows")
+    assert [silent.request.offset, again.request.offset] == [0, row]
+    assert silent.cancelled
 
 
 async def test_a_stream_that_breaks_at_every_turn_still_arrives_once(
