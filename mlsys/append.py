@@ -31,7 +31,7 @@ from mlsys.errors import (
     Unavailable,
 )
 from mlsys.names import TableRef
-from mlsys.retry import OVERWRITTEN, resuming, retrying
+from mlsys.retry import OVERWRITTEN, Silence, resuming, retrying
 from mlsys.tasks import task_group
 from mlsys.wire import append_request
 
@@ -154,7 +154,7 @@ class _Appender:
         self._answered = anyio.Event()
         self._next_offset = 0
         self._at_end = False
-        self._heard_at = 0.0
+        self._silence = Silence(limits.silence_seconds)
         self.acked_rows = 0
 
     @property
@@ -167,6 +167,7 @@ class _Appender:
         self._unsent.extendleft(reversed(self._unacked))
         self._unacked.clear()
         self._unacked_bytes = 0
+        self._silence.end()
         if await self._next() is None:
             return
         call = self._api.append_rows(metadata=routing(write_stream=self._stream))
@@ -174,7 +175,7 @@ class _Appender:
         try:
             async with task_group() as tasks:
                 tasks.start_soon(self._send, call)
-                tasks.start_soon(self._listen)
+                tasks.start_soon(self._silence.watch)
                 await self._receive(call)
                 tasks.cancel_scope.cancel()
         except grpc.aio.AioRpcError as error:
@@ -191,7 +192,7 @@ class _Appender:
         while (rows := await self._next()) is not None:
             await self._room_for(rows)
             if not self._unacked:
-                self._heard_at = anyio.current_time()
+                self._silence.begin()
             self._unacked.append(self._unsent.popleft())
             self._unacked_bytes += len(rows.data)
             try:
@@ -200,14 +201,6 @@ class _Appender:
                 return  # The connection is lost; the answers' side is told why.
             schema = b""
         await call.done_writing()
-
-    async def _listen(self) -> None:
-        """Ends a connection on which an append stays without an answer."""
-        while True:
-            await anyio.sleep(self._limits.silence_seconds / 4)
-            silent = anyio.current_time() - self._heard_at
-            if self._unacked and silent > self._limits.silence_seconds:
-                raise TimeoutError("the server does not answer")
 
     async def _next(self) -> _Rows | None:
         """What is to be sent next, still in `_unsent`; None at the end."""
@@ -236,7 +229,10 @@ class _Appender:
             _check(response, self._unacked[0])
             rows = self._unacked.popleft()
             self._unacked_bytes -= len(rows.data)
-            self._heard_at = anyio.current_time()
+            if self._unacked:
+                self._silence.begin()
+            else:
+                self._silence.end()
             self.acked_rows += rows.rows
             self._tell(rows.rows)
             self._answered.set()

@@ -7,12 +7,10 @@ before the first message.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from contextlib import aclosing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-import anyio
 import grpc
 import pyarrow as pa
 from anyio.abc import ObjectSendStream
@@ -21,7 +19,8 @@ from google.cloud.bigquery_storage_v1 import types
 from mlsys.clients import StorageApi, routing, vendor_errors
 from mlsys.errors import IntegrityError, InvalidRequest, NotFound
 from mlsys.names import TableRef
-from mlsys.retry import resuming, retrying
+from mlsys.retry import Silence, resuming, retrying
+from mlsys.tasks import task_group
 
 _CREATE_SECONDS = 120
 
@@ -120,14 +119,24 @@ async def read_stream(
 
     async def read_on() -> None:
         nonlocal rows
-        async with aclosing(
-            _messages(api, stream, offset=rows, silence_seconds=silence_seconds)
-        ) as messages:
-            async for message in messages:
-                batch = pa.ipc.read_record_batch(pa.py_buffer(message), session.schema)
-                await out.send(batch)
-                rows += batch.num_rows
-                del message, batch  # Or they would stay in memory until the next has come.
+        request = types.ReadRowsRequest.pb()(read_stream=stream, offset=rows)
+        call = api.read_rows(request, metadata=routing(read_stream=stream))
+        silence = Silence(silence_seconds)
+        try:
+            async with task_group() as tasks:
+                tasks.start_soon(silence.watch)
+                silence.begin()
+                while (message := await call.read()) is not grpc.aio.EOF:
+                    silence.end()
+                    batch = pa.ipc.read_record_batch(pa.py_buffer(message), session.schema)
+                    await out.send(batch)
+                    rows += batch.num_rows
+                    # Or they would stay in memory until the next has come.
+                    del message, batch
+                    silence.begin()
+                tasks.cancel_scope.cancel()
+        finally:
+            call.cancel()
 
     async with out:
         try:
@@ -143,19 +152,3 @@ async def read_stream(
                 "`where`, with SAFE_CAST for instance."
             ) from error
     return rows
-
-
-async def _messages(
-    api: StorageApi, stream: str, *, offset: int, silence_seconds: float
-) -> AsyncIterator[bytes]:
-    request = types.ReadRowsRequest.pb()(read_stream=stream, offset=offset)
-    call = api.read_rows(request, metadata=routing(read_stream=stream))
-    try:
-        while True:
-            with anyio.fail_after(silence_seconds):
-                message = await call.read()
-            if message is grpc.aio.EOF:
-                return
-            yield message
-    finally:
-        call.cancel()

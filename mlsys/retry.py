@@ -73,6 +73,35 @@ def _retry_info(error: grpc.aio.AioRpcError) -> float | None:
     return None
 
 
+class Silence:
+    """Ends work for which the server has not said anything for too long.
+
+    One for a connection, in place of a timer for each message: those come by the thousand.
+
+    Args:
+        seconds: until `watch` raises, or up to a quarter longer.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._since: float | None = None
+
+    def begin(self) -> None:
+        """Something is expected, or has come and more is expected: time counts from now."""
+        self._since = anyio.current_time()
+
+    def end(self) -> None:
+        """Nothing is expected of the server."""
+        self._since = None
+
+    async def watch(self) -> None:
+        """Raises TimeoutError once the server has been silent for too long."""
+        while True:
+            await anyio.sleep(self._seconds / 4)
+            if self._since is not None and anyio.current_time() - self._since > self._seconds:
+                raise TimeoutError("the server does not answer")
+
+
 async def retrying[T](
     call: Callable[[], Awaitable[T]],
     *,

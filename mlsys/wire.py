@@ -8,6 +8,7 @@ descriptors, what they look like is in https://protobuf.dev/programming-guides/e
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
 import pyarrow as pa
 from google.cloud.bigquery_storage_v1 import types
@@ -65,6 +66,7 @@ def _head(message: type, field: str, length: int) -> bytes:
     return _varint(_number(message, field) << 3 | _DELIMITED) + _varint(length)
 
 
+@cache
 def _number(message: type, field: str) -> int:
     return message.DESCRIPTOR.fields_by_name[field].number
 

@@ -356,7 +356,8 @@ async def predict_stream(
             results, cost = await in_thread(partial(timed, work, threads), limiter)
         except _Blame as blame:
             raise blame.named(stream, row) from blame.__cause__
-        sizes.learn(chunk.num_rows, cost, chunk.nbytes)
+        if not sizes.settled:  # To add up the bytes takes a while.
+            sizes.learn(chunk.num_rows, cost, chunk.nbytes)
         rechunker.rows = sizes.rows
         for result in results:
             await out.send(result)
