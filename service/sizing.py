@@ -26,9 +26,10 @@ _WORTH = 0.95
 # than that from one moment to the next.
 _MISSES = 2
 # What takes a chunk from stage to stage, reads its rows and sends them costs a few milliseconds a
-# chunk, which no call sees. It hardly counts beside a call of so many seconds on a core.
-_SHORT_SECONDS = 0.02
-_LONGEST_SECONDS = 0.5
+# chunk, which no call sees. It hardly counts beside a call of so many seconds on a core. Shorter
+# calls say little besides: on a shared core one was seen to take 0.8 to 1.2 times another.
+_SHORT_SECONDS = 0.1
+_LONGEST_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class ChunkSize:
         self.settled = rows is not None
         self._most_bytes = most_bytes
         self._best_rows, self._best = self.rows, math.inf
-        self._quickest = math.inf
+        self._quickest = self._soonest = math.inf
         self._calls = self._misses = 0
         self._followers: list[Callable[[], None]] = []
 
@@ -66,19 +67,21 @@ class ChunkSize:
         if self.settled or rows != self.rows:
             return
         self._quickest = min(self._quickest, cost.on_core / rows)
+        self._soonest = min(self._soonest, cost.seconds)
         self._calls += 1
         short = self._quickest * rows < _SHORT_SECONDS
-        if self._calls < _CALLS and not short:
+        too_long = 2 * self._soonest > _LONGEST_SECONDS
+        if self._calls < _CALLS and (too_long or not short):
             return
         if short or self._quickest <= _WORTH * self._best:
             self._best_rows, self._best, self._misses = rows, self._quickest, 0
         else:
             self._misses += 1
-        too_large = 2 * cost.seconds > _LONGEST_SECONDS or 2 * size > self._most_bytes
-        if too_large or self._misses == _MISSES:
+        if too_long or 2 * size > self._most_bytes or self._misses == _MISSES:
             self._settle(self._best_rows)
         else:
-            self._quickest, self._calls = math.inf, 0
+            self._quickest = self._soonest = math.inf
+            self._calls = 0
             self.rows = 2 * rows
 
     def shrink(self) -> bool:
