@@ -2,7 +2,7 @@
 
     python -m benchmarks.chunk_sizes [--quick]
 
-A fresh service for each model and number of streams predicts with chunks of 1,024 rows, then 4
+A fresh service for each model and number of streams predicts with chunks of 1,000 rows, then 4
 times as many, up to a million. So its peak is that of the largest chunks so far. `adaptive` is what
 the service chooses by itself, in a service of its own. A chunk is never larger than a stream is
 long: sizes beyond that are left out.
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ADAPTIVE = "adaptive"
-SIZES = tuple(4**power for power in range(5, 11))
+SIZES = (1_000, 4_000, 16_000, 64_000, 256_000, 1_000_000)
 STREAMS = (1, 2, 4)
 ROWS = {
     models.LINEAR: 2**21,
     models.BOOSTING: 2**17,
-    models.FOREST: 2**16,
+    models.FOREST: 2**17,
     models.STRINGS: 2**17,
 }
 QUICKLY = 4
@@ -102,7 +102,7 @@ def _lines(axes: Axes, report: Report, kind: Kind, column: str) -> None:
         chosen = [row[column] / scale for row in rows if row["chunk_rows"] == ADAPTIVE]
         axes.plot([SIZES[0] / 3], chosen, marker="D", linestyle="", color=line.get_color())
     axes.set_xscale("log", base=4)
-    axes.set_xticks(SIZES, [f"{size // 1024}k" for size in SIZES])
+    axes.set_xticks(SIZES, [f"{size // 1000}k" for size in SIZES])
     axes.set_ylim(0, 1.1 * max(row[column] for row in of(report, kind)) / scale)
 
 

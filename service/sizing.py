@@ -30,6 +30,9 @@ _MISSES = 2
 # calls say little besides: on a shared core one was seen to take 0.8 to 1.2 times another.
 _SHORT_SECONDS = 0.1
 _LONGEST_SECONDS = 1.0
+# By how much chunks grow at once at most.
+_STEP = 8
+_TICK = 1e-9
 
 
 @dataclass(frozen=True)
@@ -70,19 +73,26 @@ class ChunkSize:
         self._soonest = min(self._soonest, cost.seconds)
         self._calls += 1
         short = self._quickest * rows < _SHORT_SECONDS
-        too_long = 2 * self._soonest > _LONGEST_SECONDS
-        if self._calls < _CALLS and (too_long or not short):
+        times = self._room(rows, size, short)
+        if self._calls < _CALLS and (times < 2 or not short):
             return
         if short or self._quickest <= _WORTH * self._best:
             self._best_rows, self._best, self._misses = rows, self._quickest, 0
         else:
             self._misses += 1
-        if too_long or 2 * size > self._most_bytes or self._misses == _MISSES:
+        if times < 2 or self._misses == _MISSES:
             self._settle(self._best_rows)
         else:
             self._quickest = self._soonest = math.inf
             self._calls = 0
-            self.rows = 2 * rows
+            self.rows = times * rows
+
+    def _room(self, rows: int, size: int, short: bool) -> int:
+        """How many times as many rows the next calls may get, a power of 2; 1: no more."""
+        times = min(_LONGEST_SECONDS / max(self._soonest, _TICK), self._most_bytes / max(size, 1))
+        # To where calls are no longer short, in a few steps: what a model needs besides is unknown.
+        steps = _SHORT_SECONDS / max(self._quickest * rows, _TICK) if short else 2
+        return 2 ** int(math.log2(max(min(times, max(steps, 2), _STEP), 1)))
 
     def shrink(self) -> bool:
         """Halves the chunks from now on; False where they are as small as may be already."""

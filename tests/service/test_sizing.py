@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import cycle
+from itertools import cycle, pairwise
 
 import pytest
 
@@ -47,13 +47,19 @@ def test_a_chunk_is_not_so_small_that_what_it_costs_beside_the_call_would_count(
     assert 0.05 < 1e-6 * rows < 0.2
 
 
-def test_while_calls_are_short_each_is_enough_for_the_next_size() -> None:
-    sizes, asked = ChunkSize(most_bytes=100 * MIB), []
-    while 1e-6 * sizes.rows < 0.1:
-        asked.append(sizes.rows)
-        sizes.learn(sizes.rows, calls(1e-6 * sizes.rows), sizes.rows * ROW_BYTES)
+@pytest.mark.parametrize("per_row", [1e-8, 1e-6, 1e-5])
+def test_while_calls_are_short_chunks_grow_with_each_and_not_beyond(per_row: float) -> None:
+    sizes, asked = ChunkSize(most_bytes=100 * MIB), {}
+    while not sizes.settled and per_row * sizes.rows < 0.05:
+        asked[sizes.rows] = asked.get(sizes.rows, 0) + 1
+        sizes.learn(sizes.rows, calls(per_row * sizes.rows), sizes.rows * ROW_BYTES)
 
-    assert asked == [FIRST_ROWS << doubled for doubled in range(len(asked))]
+    *grown, _ = asked
+    assert len(grown) <= 3
+    assert all(asked[rows] == 1 for rows in grown)
+    assert all(2 * one <= next_one <= 8 * one for one, next_one in pairwise(asked))
+    assert per_row * sizes.rows <= 0.1
+    assert sizes.rows * ROW_BYTES <= 100 * MIB
 
 
 def test_a_core_that_slows_down_for_a_while_does_not_end_the_growth() -> None:
