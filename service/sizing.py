@@ -28,7 +28,7 @@ _MISSES = 2
 # What takes a chunk from stage to stage, reads its rows and sends them costs a few milliseconds a
 # chunk, which no call sees. It hardly counts beside a call of so many seconds on a core. Shorter
 # calls say little besides: on a shared core one was seen to take 0.8 to 1.2 times another.
-_SHORT_SECONDS = 0.1
+_SHORT_SECONDS = 0.2
 _LONGEST_SECONDS = 1.0
 # By how much chunks grow at once at most.
 _STEP = 8
