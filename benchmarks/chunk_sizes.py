@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 ADAPTIVE = "adaptive"
 SIZES = (1_000, 4_000, 16_000, 64_000, 256_000, 1_000_000)
-STREAMS = (1, 2, 4)
+STREAMS = (1, 2)
 ROWS = {
     models.LINEAR: 2**21,
     models.BOOSTING: 2**17,
@@ -39,7 +39,7 @@ def main() -> None:
     with synthetic_servers() as synthetic:
         models.publish(synthetic.servers.settings(), *ROWS)
         for kind, rows in ROWS.items():
-            for streams in STREAMS[:2] if options.quick else STREAMS:
+            for streams in STREAMS:
                 measure(
                     report, synthetic, kind, rows // QUICKLY if options.quick else rows, streams
                 )

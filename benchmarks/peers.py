@@ -299,7 +299,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--peer-rows", type=int, default=500_000, help="for Ray and Beam")
     parser.add_argument("--row-rows", type=int, default=100_000, help="for Beam row by row")
     parser.add_argument("--large", type=int, default=20_000_000, help="for memory; 0: leave it out")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     return parser.parse_args()
 
 

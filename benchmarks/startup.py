@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from matplotlib.figure import Figure
 
-ROUNDS = 9
+ROUNDS = 5
 MOST_RATIO = 1.5
 OURS = "service.app:create_app"
 BARE = """
