@@ -102,7 +102,7 @@ def _lines(axes: Axes, report: Report, kind: Kind, column: str) -> None:
         chosen = [row[column] / scale for row in rows if row["chunk_rows"] == ADAPTIVE]
         axes.plot([SIZES[0] / 3], chosen, marker="D", linestyle="", color=line.get_color())
     axes.set_xscale("log", base=4)
-    axes.set_xticks(SIZES, [f"{size // 1000}k" for size in SIZES])
+    axes.set_xticks(SIZES, [*(f"{size // 1000}k" for size in SIZES[:-1]), "1M"])
     axes.set_ylim(0, 1.1 * max(row[column] for row in of(report, kind)) / scale)
 
 

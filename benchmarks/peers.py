@@ -41,7 +41,7 @@ import anyio.to_thread
 import psutil
 
 from benchmarks import models, tables
-from benchmarks.harness import AS_IN_THE_IMAGE, MIB, Report, bars
+from benchmarks.harness import AS_IN_THE_IMAGE, MIB, Report
 from benchmarks.models import Kind
 from benchmarks.startup import started
 from benchmarks.storage_server import ROOT
@@ -357,11 +357,20 @@ def _check(
 
 def _draw(report: Report, figure: Figure, plan: Plan) -> None:
     told = [row for row in report.rows if row["rows"] != plan.large_rows]
-    names = [f"{row['way']}\n{row['model']}".replace("_", " ") for row in told]
-    axes = bars(figure, names, {"rows a second": [r["rows_per_second"] for r in told]}, "rows/s")
-    axes.set_yscale("log")
-    axes.tick_params(axis="x", labelsize=7)
-    axes.set_title("From table to table")
+    kinds = list(dict.fromkeys(row["model"] for row in told))
+    first = None
+    for place, kind in enumerate(kinds):
+        first = axes = figure.add_subplot(len(kinds), 1, place + 1, sharex=first)
+        rows = [row for row in told if row["model"] == kind]
+        rates = [row["rows_per_second"] for row in rows]
+        held = axes.barh([row["way"].replace("_", " ") for row in rows], rates)
+        axes.bar_label(held, [f"{rate:,.0f}" for rate in rates], padding=3, fontsize=9)
+        axes.invert_yaxis()
+        axes.set(title=kind, xscale="log")
+        axes.tick_params(labelbottom=place == len(kinds) - 1)
+    # Room for the figure at the end of the longest bar.
+    axes.set_xlim(1000, 4 * max(row["rows_per_second"] for row in told))
+    axes.set_xlabel("rows a second, log scale")
 
 
 if __name__ == "__main__":
