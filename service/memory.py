@@ -58,6 +58,7 @@ class Memory:
         self.run_bytes = run_bytes
         self._below: dict[int, int] = {}
         self._peak = 0
+        self._left_alone = False
         # One thread, so that what tidies up never waits for what predicts.
         self._limiter = anyio.CapacityLimiter(1)
 
@@ -98,9 +99,14 @@ class Memory:
         """Looks at the processes below this one, off the event loop: there may be many to ask."""
         self._below = await anyio.to_thread.run_sync(_held_below, limiter=self._limiter)
 
+    def leave_alone(self) -> None:
+        """Has Python look for no garbage in what there is by now, but where `release` is called."""
+        self._left_alone = True
+        gc.freeze()
+
     async def release(self) -> None:
         """Gives back to the system what nobody needs any more, off the event loop."""
-        await anyio.to_thread.run_sync(_release, limiter=self._limiter)
+        await anyio.to_thread.run_sync(_release, self._left_alone, limiter=self._limiter)
 
 
 def reuse_memory() -> None:
@@ -170,11 +176,11 @@ def _descendants() -> frozenset[int]:
     return frozenset(found)
 
 
-def _release() -> None:
-    # What was cancelled leaves exceptions behind that hold on to all that it had. Some of them may
-    # have been there when the collector was told to leave alone what there is (`gc.freeze`).
-    left_alone = gc.get_freeze_count()
-    gc.unfreeze()
+def _release(left_alone: bool) -> None:
+    # What was cancelled leaves exceptions behind that hold on to all that it had. A run that was
+    # under way when what there is was left alone is among that.
+    if left_alone:
+        gc.unfreeze()
     gc.collect()
     if left_alone:
         gc.freeze()

@@ -32,6 +32,7 @@ _SHORT_SECONDS = 0.2
 _LONGEST_SECONDS = 1.0
 # By how much chunks grow at once at most.
 _STEP = 8
+# In place of a time that is too short to be measured.
 _TICK = 1e-9
 
 

@@ -7,7 +7,6 @@ that the first run finds all of it there. Who needs the engine before it is open
 
 from __future__ import annotations
 
-import gc
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from importlib import import_module
@@ -95,8 +94,8 @@ class Startup:
             self._settled.set()
             await _warm_up(_MODELS)
             # What is imported stays. To look through it for garbage takes 0.2 seconds, in which
-            # nobody is answered. What else there is now is looked at when memory gets short.
-            gc.freeze()
+            # nobody is answered.
+            self._engine.memory.leave_alone()
             _log.info("warmed up", seconds=round(anyio.current_time() - begun, 3))
             await anyio.sleep_forever()
 
