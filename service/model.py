@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,6 +41,10 @@ _log = structlog.get_logger(__name__)
 
 # What a model takes while it is loaded, by the size of its file: the file, and what is made of it.
 _LOADED_TIMES = 2
+
+# To unpickle is to import, and where modules import each other (scipy's do), one of two threads
+# that begin at different ones is given a module that is not finished.
+_importing = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -272,8 +277,9 @@ def _unpickle(data: bytes, blob: Blob, metadata: ModelMetadata) -> Any:
             "Publish both again, as another version."
         )
     try:
-        # Reads what pickle.dump wrote as well as what joblib.dump did.
-        estimator = joblib.load(io.BytesIO(data))
+        with _importing:
+            # Reads what pickle.dump wrote as well as what joblib.dump did.
+            estimator = joblib.load(io.BytesIO(data))
     except ModuleNotFoundError as error:
         raise ModelUnusable(
             f"{uri} needs the package {error.name}, which this service lacks. Add it with "

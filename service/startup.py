@@ -2,7 +2,8 @@
 
 Arrow, pandas, gRPC and Google's clients take several times as long to import as what answers
 `/health`. So they are imported in a thread once the server is up, and scikit-learn after them, so
-that the first run finds all of it there. Who needs the engine before it is open waits for it.
+that the first run finds all of it there. Who needs the engine before that waits for it: modules
+that import each other fail where two threads import them at once, and to unpickle is to import.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ _MODELS = (
 
 
 class Startup:
-    """An engine that is there soon."""
+    """An engine that is there soon, with what models are made of."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -54,7 +55,7 @@ class Startup:
         self._ended_because = ""
 
     async def engine(self) -> Engine:
-        """The engine, once it is open.
+        """The engine, once it is open and nothing more is imported.
 
         Raises:
             Unavailable: the service is told to end.
@@ -91,11 +92,11 @@ class Startup:
 
         log_retries()
         async with open_engine(self._settings) as self._engine:
-            self._settled.set()
             await _warm_up(_MODELS)
             # What is imported stays. To look through it for garbage takes 0.2 seconds, in which
             # nobody is answered.
             self._engine.memory.leave_alone()
+            self._settled.set()
             _log.info("warmed up", seconds=round(anyio.current_time() - begun, 3))
             await anyio.sleep_forever()
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import joblib
@@ -14,6 +17,7 @@ from sklearn.linear_model import LinearRegression
 from tests.conftest import Client, Cloud
 from tests.service import models
 from tests.service.support import (
+    PATIENCE,
     Background,
     ObjectsProxy,
     abandoned,
@@ -65,6 +69,54 @@ def test_twenty_that_ask_at_once_get_one_download_and_one_unpickling(
     assert [caller.result() for caller in callers] == [200] * 20
     assert models.calls[f"{name} unpickled"] == 1
     assert objects.downloads_of(model) == 1
+
+
+# A package as scipy has them: its modules import each other, in the order that it begins with.
+FIRST = """
+from tests.service import models
+
+class First(models.Doubles):
+    pass
+
+models.event("{package} entered").set()
+models.event("{package} never").wait(0.5)
+from {package}.second import Second
+"""
+SECOND = """
+from {package}.first import First
+
+class Second(First):
+    pass
+"""
+
+
+def test_two_models_whose_modules_import_each_other_are_loaded_at_once(
+    cloud: Cloud,
+    service: Client,
+    ask: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    package = cloud.name()
+    place = tmp_path / package
+    place.mkdir()
+    (place / "__init__.py").write_text(f"from {package} import first")
+    (place / "first.py").write_text(FIRST.format(package=package))
+    (place / "second.py").write_text(SECOND.format(package=package))
+    monkeypatch.syspath_prepend(tmp_path)
+    first, second = (
+        cloud.publish(getattr(import_module(f"{package}.{name}"), name.capitalize())())
+        for name in ("first", "second")
+    )
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    models.event(f"{package} entered").clear()
+
+    one = Background(lambda: ask(service, first))
+    assert models.event(f"{package} entered").wait(PATIENCE)
+    other = Background(lambda: ask(service, second))
+
+    assert [one.result(), other.result()] == [200, 200]
 
 
 def test_a_new_generation_is_noticed_by_the_next_request(

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import anyio
@@ -30,6 +31,9 @@ from tests.service.support import (
     service_process,
 )
 from tests.service.test_process import ENDED, GRACE, Pipes
+
+# For a run of a few rows, seconds.
+LONG_ENOUGH = 1
 
 HEAVY = {
     "aiohttp",
@@ -126,6 +130,27 @@ def test_a_run_asked_for_at_once_waits_for_the_engine(
         pipes.let_go()
 
         assert caller.result().json()["rows"] == cloud.count(output) == 100
+
+
+def test_a_model_is_not_loaded_while_scikit_learn_is_imported(
+    servers: LocalServers, cloud: Cloud, tmp_path: Path
+) -> None:
+    pipes, output = Pipes(tmp_path), cloud.new_table()
+    wanted = request_for(cloud.put(numbers(100)), output, cloud.publish(models.Doubles()))
+    env = gated("sklearn", pipes, tmp_path, broken=False)
+
+    with service_process(env | servers.env) as process:
+        pipes.wait_until_entered()
+        caller = Background(
+            lambda: httpx2.get(f"{process.url}/predict", params=wanted, timeout=PATIENCE)
+        )
+        time.sleep(LONG_ENOUGH)
+        pipes.let_go()
+
+        assert caller.result().json()["rows"] == cloud.count(output) == 100
+        process.wait_for_line("run succeeded")
+    said = [event["message"] for event in process.events]
+    assert said.index("warmed up") < said.index("model loaded")
 
 
 def test_health_is_answered_while_scikit_learn_is_imported(tmp_path: Path) -> None:
