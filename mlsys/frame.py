@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from datetime import datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING, overload
@@ -109,9 +109,11 @@ def _in_polars(kind: pa.DataType) -> pa.DataType:
 
 
 def _to_numpy(table: pa.Table) -> np.ndarray:
-    numeric = all(is_numeric(field.type) for field in table.schema)
-    array = np.empty((table.num_rows, table.num_columns), np.float64 if numeric else object)
-    _fill(array, table, _floats if numeric else _objects)
+    if all(is_numeric(kind) for kind in table.schema.types):
+        return _numbers(table, row_major=True)
+    array = np.empty((table.num_rows, table.num_columns), object)
+    for position, column in enumerate(table.columns):
+        array[:, position] = column.to_pylist()
     return array
 
 
@@ -123,17 +125,17 @@ def by_columns(table: pa.Table) -> np.ndarray:
     Returns:
         An array of shape (n, k), in Fortran's order.
     """
-    array = np.empty((table.num_rows, table.num_columns), np.float64, order="F")
-    _fill(array, table, _floats)
-    return array
+    return _numbers(table, row_major=False)
 
 
-def _fill(array: np.ndarray, table: pa.Table, values: Callable[[pa.Array], np.ndarray]) -> None:
-    for position, column in enumerate(table.columns):
-        start = 0
-        for chunk in column.chunks:
-            array[start : start + len(chunk), position] = values(chunk)
-            start += len(chunk)
+def _numbers(table: pa.Table, *, row_major: bool) -> np.ndarray:
+    for position, field in enumerate(table.schema):
+        if not (pa.types.is_integer(field.type) or pa.types.is_floating(field.type)):
+            column = _as_floats(table.column(position))
+            table = table.set_column(position, field.name, column)
+    # One call for all columns, in which other threads have Python's lock.
+    array = table.to_tensor(null_to_nan=True, row_major=row_major).to_numpy()
+    return array.astype(np.float64, copy=False)
 
 
 def is_numeric(kind: pa.DataType) -> bool:
@@ -147,16 +149,10 @@ def is_numeric(kind: pa.DataType) -> bool:
     )
 
 
-def _floats(column: pa.Array) -> np.ndarray:
+def _as_floats(column: pa.ChunkedArray) -> pa.ChunkedArray:
     if pa.types.is_boolean(column.type):
         column = column.cast(pa.int8())
-    return column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
-
-
-def _objects(column: pa.Array) -> np.ndarray:
-    values = np.empty(len(column), dtype=object)
-    values[:] = column.to_pylist()
-    return values
+    return column.cast(pa.float64(), safe=False)
 
 
 def to_arrow(frame: Frame | pa.Table | pa.RecordBatch) -> pa.Table:
