@@ -128,7 +128,7 @@ async def read_stream(
                 silence.begin()
                 while (message := await call.read()) is not grpc.aio.EOF:
                     silence.end()
-                    batch = pa.ipc.read_record_batch(pa.py_buffer(message), session.schema)
+                    batch = pa.ipc.read_record_batch(message, session.schema)
                     await out.send(batch)
                     rows += batch.num_rows
                     # Or they would stay in memory until the next has come.

@@ -21,6 +21,9 @@ _BATCH = types.ArrowRecordBatch.pb()
 # Wire types: a number, and what is preceded by its length; the others are of fixed length.
 _VARINT, _DELIMITED = 0, 2
 _FIXED = {1: 8, 5: 4}
+# Of the buffers in a serialized record batch, at least:
+# https://arrow.apache.org/docs/format/Columnar.html#recordbatch-message
+_ALIGNMENT = 8
 
 
 def append_request(stream: str, offset: int, rows: bytes | pa.Buffer, schema: bytes = b"") -> bytes:
@@ -43,8 +46,11 @@ def append_request(stream: str, offset: int, rows: bytes | pa.Buffer, schema: by
     return b"".join([request.SerializeToString(), data_head, told, rows_head, batch_head, rows])
 
 
-def rows_of(response: bytes) -> bytes:
-    """The serialized record batch of a serialized ReadRowsResponse, copied once; empty: none.
+def rows_of(response: bytes) -> pa.Buffer:
+    """The serialized record batch of a serialized ReadRowsResponse; empty: none.
+
+    Not copied where it begins at a multiple of 8 bytes, as its numbers then do: Arrow would read
+    them anywhere, but a model may be given them as they are.
 
     Raises:
         google.protobuf.message.DecodeError: it is no such message.
@@ -54,11 +60,12 @@ def rows_of(response: bytes) -> bytes:
         if _all(whole, _RESPONSE, "avro_rows"):
             raise ValueError("rows of another format, in the place of these or before them")
         batch = _only(whole, _RESPONSE, "arrow_record_batch")
-        return bytes(_only(batch, _BATCH, "serialized_record_batch"))
+        rows = pa.py_buffer(_only(batch, _BATCH, "serialized_record_batch"))
+        return rows if rows.address % _ALIGNMENT == 0 else pa.py_buffer(rows.to_pybytes())
     except (LookupError, ValueError):
         # Written in a way that no server was seen to use; or broken, which protobuf says better.
         message = _RESPONSE.FromString(response)
-        return message.arrow_record_batch.serialized_record_batch
+        return pa.py_buffer(message.arrow_record_batch.serialized_record_batch)
 
 
 def _head(message: type, field: str, length: int) -> bytes:

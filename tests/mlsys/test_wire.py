@@ -60,6 +60,22 @@ def test_rows_are_found_among_all_else_that_a_response_tells() -> None:
     assert rows_of(response.SerializeToString()) == b"rows"
 
 
+@pytest.mark.parametrize("before", range(9))
+def test_rows_begin_where_numbers_may_and_are_copied_only_for_that(before: int) -> None:
+    # A field that nobody knows, of so many bytes.
+    unknown = b"\xfa\x07" + bytes([before]) + b"u" * before
+    rows = b"r" * 100_000
+    response = unknown + response_of(rows)
+    place = len(response) - len(rows)
+
+    found = rows_of(response)
+
+    assert found == rows
+    assert found.address % 8 == 0
+    in_place = found.address - pa.py_buffer(response).address == place
+    assert in_place == (place % 8 == 0)
+
+
 @pytest.mark.parametrize("unknown", [b"\xf8\x07\x05", b"\xfa\x07\x02ab", b"\xf9\x07" + b"x" * 8])
 def test_fields_of_a_newer_server_are_passed_over(unknown: bytes) -> None:
     assert rows_of(unknown + response_of(b"rows") + unknown) == b"rows"
@@ -91,6 +107,6 @@ def test_whatever_protobuf_reads_is_read_alike_and_all_else_is_refused_or_read(d
     except DecodeError:
         # Fields that are of no interest are not looked into, so what is wrong in them goes unseen.
         with suppress(DecodeError):
-            assert isinstance(rows_of(data), bytes)
+            assert isinstance(rows_of(data), pa.Buffer)
     else:
         assert rows_of(data) == message.arrow_record_batch.serialized_record_batch
