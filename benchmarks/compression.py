@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks import models
 from benchmarks.harness import Report, arguments
-from benchmarks.parts import CODECS, Part, alone_by_codec
+from benchmarks.parts import CODECS, Part, alone
 from benchmarks.storage_server import synthetic_servers
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ def main() -> None:
         for network, bandwidth in NETWORKS.items():
             synthetic.set(read_bandwidth=bandwidth)
             for table in KINDS:
-                parts = alone_by_codec(synthetic, "read", KINDS[table], rows, CODECS)
-                for codec, part in zip(CODECS, parts, strict=True):
+                parts = alone(synthetic, KINDS[table], rows, [f"read:{codec}" for codec in CODECS])
+                for codec, part in zip(CODECS, parts.values(), strict=True):
                     note(report, network, table, codec, part)
     report.save(lambda figure: draw(report, figure))
 

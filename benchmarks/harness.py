@@ -178,10 +178,9 @@ class Measured:
 class Service:
     """A service in a process of its own, in front of a synthetic server."""
 
-    url: str
+    client: httpx2.Client
     tree: ProcessTree
     synthetic: Synthetic
-    _runs: int = 0
 
     def predict(self, kind: Kind, rows: int, **parameters: Any) -> Measured:
         """One run over so many rows; every one of them has to arrive.
@@ -189,7 +188,6 @@ class Service:
         Raises:
             RuntimeError: the service answered an error, or rows are missing.
         """
-        self._runs += 1
         wanted = {
             "env": "dev",
             "input_table": self.synthetic.table(kind.table, rows),
@@ -200,7 +198,7 @@ class Service:
         }
         before, cpu = self.synthetic.anew(), self.tree.cpu_seconds()
         start = time.perf_counter()
-        answer = httpx2.get(f"{self.url}/predict", params=wanted | parameters, timeout=_RUN_SECONDS)
+        answer = self.client.get("/predict", params=wanted | parameters)
         seconds = time.perf_counter() - start
         after = self.synthetic.counted()
         if answer.status_code != 200:
@@ -237,6 +235,8 @@ def service(synthetic: Synthetic, **settings: Any) -> Iterator[Service]:
     [port] = free_ports(1)
     command = [sys.executable, "-m", "uvicorn", "--factory", "service.app:create_app"]
     with (
+        # Made before anything is measured: a client reads all certificates that it trusts.
+        httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=_RUN_SECONDS) as client,
         tempfile.TemporaryFile("w+") as log,
         subprocess.Popen(
             ends_with_us([*command, "--host", "127.0.0.1", "--port", str(port)]),
@@ -246,22 +246,21 @@ def service(synthetic: Synthetic, **settings: Any) -> Iterator[Service]:
             stderr=log,
         ) as process,
     ):
-        url = f"http://127.0.0.1:{port}"
         try:
-            if not _answers(url, process):
+            if not _answers(client, process):
                 log.seek(0)
                 raise RuntimeError(f"The service did not start:\n{log.read()[-2000:]}")
             with ProcessTree(process.pid) as tree:
-                yield Service(url, tree, synthetic)
+                yield Service(client, tree, synthetic)
         finally:
             process.terminate()
 
 
-def _answers(url: str, process: subprocess.Popen[bytes]) -> bool:
+def _answers(client: httpx2.Client, process: subprocess.Popen[bytes]) -> bool:
     deadline = time.monotonic() + _START_SECONDS
     while process.poll() is None and time.monotonic() < deadline:
         try:
-            return httpx2.get(f"{url}/health").status_code == 200
+            return client.get("/health").status_code == 200
         except httpx2.TransportError:
             time.sleep(0.02)
     return False

@@ -1,10 +1,10 @@
 """The parts of a run alone: only reading, only predicting, only appending.
 
-    python -m benchmarks.parts read linear 1000000
+    python -m benchmarks.parts linear 1000000 [read predict append]
 
-Each is measured in a process of its own, with the code that the service uses, the same streams and
-chunks, and nothing behind or before it. What is measured begins when all is imported, opened and
-loaded, and a first small part has been done.
+Each is measured with the code that the service uses, the same streams and chunks, and nothing
+behind or before it. What is measured begins when all is imported, opened and loaded, and a first
+small part has been done.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import operator
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from datetime import UTC, datetime
 from functools import partial
 from itertools import cycle, islice
@@ -45,7 +46,8 @@ from service.plan import output_schema
 from service.predict import predict_stream, timed
 
 PARTS = ("read", "predict", "append")
-CODECS = ("none", "LZ4_FRAME", "ZSTD")
+UNCOMPRESSED = "none"
+CODECS = (UNCOMPRESSED, "LZ4_FRAME", "ZSTD")
 _WARM_UP_ROWS = 50_000
 # Chunks and results that are made before the clock starts, and used over and over.
 _KEPT = 8
@@ -68,34 +70,31 @@ class Part:
     def all_cpu_seconds(self) -> float:
         return self.cpu_seconds + self.server_cpu_seconds
 
+    def __add__(self, other: Part) -> Part:
+        """Both as one, done one after the other."""
+        sums = map(operator.add, astuple(self), astuple(other))
+        return Part(*sums)
 
-def alone(synthetic: Synthetic, part: str, kind: Kind, rows: int, **settings: Any) -> Part:
-    """Measures one part in a fresh process."""
-    [measured] = alone_by_codec(synthetic, part, kind, rows, ["none"], **settings)
-    return measured
 
+def alone(
+    synthetic: Synthetic, kind: Kind, rows: int, parts: Sequence[str] = PARTS
+) -> dict[str, Part]:
+    """Measures parts one after the other, in a fresh process.
 
-def alone_by_codec(
-    synthetic: Synthetic,
-    part: str,
-    kind: Kind,
-    rows: int,
-    codecs: Sequence[str],
-    **settings: Any,
-) -> list[Part]:
-    """Measures one part in a fresh process, once with each way to compress what is read."""
+    Args:
+        parts: their names; `read:ZSTD` is reading rows that come compressed so (`CODECS`).
+    """
     env = os.environ | {"PYTHONPATH": str(ROOT)} | synthetic.servers.env
-    env |= {name.upper(): str(value) for name, value in settings.items()}
-    if part == "predict":
-        # As many threads as the service has predict there; each has a core to itself.
-        env |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "benchmarks.parts", part, kind.name, str(rows), *codecs]
+    # As many threads as the service has predict there; each has a core to itself.
+    env |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "benchmarks.parts", kind.name, str(rows), *parts]
     done = subprocess.run(command, env=env, stdout=subprocess.PIPE, check=True)
     # The last line: what the pipeline logs comes before it.
-    return [Part(**told) for told in json.loads(done.stdout.splitlines()[-1])]
+    told = json.loads(done.stdout.splitlines()[-1])
+    return {part: Part(**each) for part, each in told.items()}
 
 
-async def measure(part: str, kind: Kind, rows: int, codec: str) -> Part:
+async def measure(kind: Kind, rows: int, parts: Sequence[str]) -> dict[str, Part]:
     settings = Settings(_env_file=None)
     servers = LocalServers(
         settings.bigquery_emulator_host,
@@ -104,28 +103,36 @@ async def measure(part: str, kind: Kind, rows: int, codec: str) -> Part:
     )
     synthetic = Synthetic(servers, 0)
     reuse_memory()  # As the service does.
+    measured = {}
     async with open_clients(settings) as clients, anyio.create_task_group() as tasks:
         cache = ModelCache(settings.model_cache_bytes, tasks)
 
-        async def work_on(rows: int) -> Callable[[], Awaitable[None]]:
+        async def work_on(part: str, rows: int) -> Callable[[], Awaitable[None]]:
+            name, _, codec = part.partition(":")
             job = await _job(synthetic, kind, rows, clients, cache, settings)
-            session = await _session(clients, job, settings, codec)
-            return await _WORK[part](job, session, rows, clients, settings)
+            session = await _session(clients, job, settings, codec or UNCOMPRESSED)
+            return await _WORK[name](job, session, rows, clients, settings)
 
-        await (await work_on(_WARM_UP_ROWS))()
-        work = await work_on(rows)
-        before = await anyio.to_thread.run_sync(synthetic.counted)
-        clock, cpu = time.perf_counter(), time.process_time()
-        await work()
-        clock, cpu = time.perf_counter() - clock, time.process_time() - cpu
-        after = await anyio.to_thread.run_sync(synthetic.counted)
-        return Part(
-            rows=rows,
-            seconds=clock,
-            cpu_seconds=cpu,
-            server_cpu_seconds=after.cpu_seconds - before.cpu_seconds,
-            bytes_read=after.bytes_read - before.bytes_read,
-        )
+        for part in parts:
+            await (await work_on(part, _WARM_UP_ROWS))()
+            work = await work_on(part, rows)
+            measured[part] = await _measured(synthetic, rows, work)
+    return measured
+
+
+async def _measured(synthetic: Synthetic, rows: int, work: Callable[[], Awaitable[None]]) -> Part:
+    before = await anyio.to_thread.run_sync(synthetic.counted)
+    clock, cpu = time.perf_counter(), time.process_time()
+    await work()
+    clock, cpu = time.perf_counter() - clock, time.process_time() - cpu
+    after = await anyio.to_thread.run_sync(synthetic.counted)
+    return Part(
+        rows=rows,
+        seconds=clock,
+        cpu_seconds=cpu,
+        server_cpu_seconds=after.cpu_seconds - before.cpu_seconds,
+        bytes_read=after.bytes_read - before.bytes_read,
+    )
 
 
 async def _job(
@@ -157,7 +164,7 @@ async def _job(
 
 async def _session(clients: Clients, job: Job, settings: Settings, codec: str) -> ReadSession:
     """The job's session; or one like it, whose rows come compressed."""
-    if codec == "none":
+    if codec == UNCOMPRESSED:
         return job.session
     message = types.CreateReadSessionRequest.pb()(
         parent=f"projects/{settings.gcp_project_id}", max_stream_count=settings.read_streams
@@ -294,16 +301,13 @@ _WORK = {"read": _reading, "predict": _predicting, "append": _appending}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("part", choices=PARTS)
     parser.add_argument("kind", choices=[kind.name for kind in models.KINDS])
     parser.add_argument("rows", type=int)
-    parser.add_argument("codecs", nargs="*", default=["none"], help=", ".join(CODECS))
+    parser.add_argument("parts", nargs="*", default=PARTS, help=f"{', '.join(PARTS)}, read:ZSTD…")
     options = parser.parse_args()
     [kind] = [kind for kind in models.KINDS if kind.name == options.kind]
-    parts = [
-        anyio.run(measure, options.part, kind, options.rows, codec) for codec in options.codecs
-    ]
-    print(json.dumps([asdict(part) for part in parts]))
+    parts = anyio.run(measure, kind, options.rows, options.parts)
+    print(json.dumps({name: asdict(part) for name, part in parts.items()}))
 
 
 if __name__ == "__main__":

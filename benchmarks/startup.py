@@ -59,6 +59,7 @@ BARE_APP = "bare:create_app"
 
 _ROWS = 1000
 _PATIENCE = 120
+_RUN_SECONDS = 3600
 _INPUT = f"{PROJECT}.{DATASET}.startup"
 
 
@@ -66,7 +67,7 @@ _INPUT = f"{PROJECT}.{DATASET}.startup"
 class Started:
     """An application in a process of its own, from its first answer on."""
 
-    url: str
+    client: httpx2.Client
     process: subprocess.Popen[bytes]
     log: IO[str]
     began: float
@@ -84,7 +85,7 @@ class Started:
         Raises:
             RuntimeError: the service answered an error.
         """
-        answer = httpx2.get(f"{self.url}/predict", params=wanted, timeout=3600)
+        answer = self.client.get("/predict", params=wanted)
         if answer.status_code != 200:
             log = Path(self.log.name).read_text()[-4000:]
             raise RuntimeError(f"{answer.status_code}: {answer.text}\n{log}")
@@ -102,7 +103,11 @@ def started(app: str, env: Mapping[str, str], path: str = "") -> Iterator[Starte
     places = os.pathsep.join(filter(None, (path, str(ROOT))))
     [port] = free_ports(1)
     command = [sys.executable, "-m", "uvicorn", "--factory", app, "--port", str(port)]
-    with tempfile.NamedTemporaryFile("w+") as log:
+    with (
+        # Made before anything is measured: a client reads all certificates that it trusts.
+        httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=_RUN_SECONDS) as client,
+        tempfile.NamedTemporaryFile("w+") as log,
+    ):
         began = time.perf_counter()
         with subprocess.Popen(
             ends_with_us(command),
@@ -115,8 +120,7 @@ def started(app: str, env: Mapping[str, str], path: str = "") -> Iterator[Starte
                 _until_healthy(port, process, log)
                 took = time.perf_counter() - began
                 times = psutil.Process(process.pid).cpu_times()
-                url = f"http://127.0.0.1:{port}"
-                yield Started(url, process, log, began, took, times.user + times.system)
+                yield Started(client, process, log, began, took, times.user + times.system)
             finally:
                 process.kill()
 
