@@ -45,6 +45,7 @@ from benchmarks import tables
 from mlsys.local import PROJECT, LocalServers, cloud_storage, ends_with_us
 from mlsys.tables import bigquery_column
 from mlsys.wire import fields
+from service.memory import reuse_memory
 
 ROOT = Path(__file__).parents[1]
 DATASET = "rows"
@@ -525,6 +526,7 @@ def _rest_error(status: int, reason: str, message: str) -> web.Response:
 
 async def serve(options: Options) -> None:
     """Serves on free ports of 127.0.0.1 and tells them on stdout, until it is killed."""
+    reuse_memory()  # Or what is appended would be put into pages that the kernel clears first.
     storage = StorageServer()
     storage.set(**dataclasses.asdict(options))
     server = grpc.aio.server(options=_UNLIMITED)
