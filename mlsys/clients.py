@@ -9,8 +9,9 @@ before its first message.
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from google.cloud import bigquery
 
 STORAGE_HOST = "bigquerystorage.googleapis.com:443"
+_PACKAGE = "/google.cloud.bigquery.storage.v1"
 _CLOSE_SECONDS = 10
 SCOPES = ("https://www.googleapis.com/auth/cloud-platform",)
 
@@ -47,7 +49,13 @@ CHANNEL_OPTIONS = (
     ("grpc.http2.lookahead_bytes", 2 * 1024 * 1024),
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
+    # Or channels with the same options would have one connection between them.
+    ("grpc.use_local_subchannel_pool", 1),
 )
+
+# Rows go over so many connections by turns: what is read does not wait behind what is appended.
+# A connection is made when the first call needs it.
+_CONNECTIONS = 4
 
 
 class StorageApi:
@@ -55,35 +63,44 @@ class StorageApi:
 
     They take and answer protobuf's own types, but for the two that carry rows (see `mlsys.wire`):
     `read_rows` answers serialized record batches, and `append_rows` takes serialized requests.
+
+    Args:
+        channels: that the calls of these two use by turns; all others use the first.
     """
 
-    def __init__(self, channel: grpc.aio.Channel) -> None:
-        def method(
+    def __init__(self, *channels: grpc.aio.Channel) -> None:
+        turns = itertools.cycle(range(len(channels)))
+
+        def stream(
             kind: str,
             name: str,
             serializer: Callable[[Any], bytes] | None,
             deserializer: Callable[[bytes], Any],
         ) -> Any:
-            call = getattr(channel, kind)(
-                f"/google.cloud.bigquery.storage.v1.{name}", serializer, deserializer
-            )
-            return partial(_answer, call) if kind == "unary_unary" else call
+            methods = [
+                getattr(channel, kind)(f"{_PACKAGE}.{name}", serializer, deserializer)
+                for channel in channels
+            ]
+            return lambda *request, **options: methods[next(turns)](*request, **options)
 
         def unary(name: str, request: Any, response: Any) -> Any:
-            return method("unary_unary", name, _serializer(request), _deserializer(response))
+            method = channels[0].unary_unary(
+                f"{_PACKAGE}.{name}", _serializer(request), _deserializer(response)
+            )
+            return partial(_answer, method)
 
         read, write = "BigQueryRead", "BigQueryWrite"
         self.create_read_session = unary(
             f"{read}/CreateReadSession", types.CreateReadSessionRequest, types.ReadSession
         )
         # The serialized batch alone: whoever kept its message would hold the rows twice.
-        self.read_rows = method(
+        self.read_rows = stream(
             "unary_stream", f"{read}/ReadRows", _serializer(types.ReadRowsRequest), rows_of
         )
         self.create_write_stream = unary(
             f"{write}/CreateWriteStream", types.CreateWriteStreamRequest, types.WriteStream
         )
-        self.append_rows = method(
+        self.append_rows = stream(
             "stream_stream", f"{write}/AppendRows", None, _deserializer(types.AppendRowsResponse)
         )
         self.finalize_write_stream = unary(
@@ -151,11 +168,15 @@ async def open_clients(settings: Settings) -> AsyncIterator[Clients]:
         client = await anyio.to_thread.run_sync(_bigquery_client, settings, credentials)
     try:
         async with (
-            _channel(settings, credentials) as channel,
+            AsyncExitStack() as stack,
             aiohttp.ClientSession() as session,
             _objects(settings, session) as objects,
         ):
-            yield Clients(client, StorageApi(channel), objects)
+            channels = [
+                await stack.enter_async_context(_channel(settings, credentials))
+                for _ in range(_CONNECTIONS)
+            ]
+            yield Clients(client, StorageApi(*channels), objects)
     finally:
         # Closing a client that was never used makes it look for certificates on disk.
         with anyio.move_on_after(_CLOSE_SECONDS, shield=True):

@@ -295,6 +295,48 @@ async def test_a_port_that_nobody_listens_on_is_unavailable_to_each_client(anywh
                 await call()
 
 
+class KeepsCalls(grpc.GenericRpcHandler):
+    """A server whose streams stay open; it notes where each was called from."""
+
+    def __init__(self, calls: int) -> None:
+        self.peers: list[str] = []
+        self.all_called = anyio.Event()
+        self._calls = calls
+
+    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+        return grpc.stream_stream_rpc_method_handler(self._keep)
+
+    async def _keep(self, _: object, context: grpc.aio.ServicerContext) -> None:
+        self.peers.append(context.peer())
+        if len(self.peers) == self._calls:
+            self.all_called.set()
+        await anyio.sleep_forever()
+
+
+@pytest.mark.anyio
+async def test_rows_are_read_and_appended_over_several_connections(rest: RestServer) -> None:
+    handler = KeepsCalls(calls=4)
+    server = grpc.aio.server(handlers=[handler])
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+
+    settings = local(
+        bigquery_emulator_host=rest.url, bigquery_storage_emulator_host=f"127.0.0.1:{port}"
+    )
+    async with open_clients(settings) as clients:
+        calls = [clients.storage.read_rows(types.ReadRowsRequest.pb()()) for _ in range(2)]
+        appends = [clients.storage.append_rows() for _ in range(2)]
+        for append in appends:
+            await append.write(b"")
+        with anyio.fail_after(PATIENCE):
+            await handler.all_called.wait()
+        for call in calls + appends:
+            call.cancel()
+
+    assert len(set(handler.peers)) == 4
+    await server.stop(None)
+
+
 class NeverAnswers(grpc.GenericRpcHandler):
     """A server of one method, whatever its name, that tells when it is called."""
 
