@@ -70,8 +70,8 @@ def measure(report: Report, synthetic: Synthetic, kind: Kind, rows: int) -> None
     rounds = [one_round(report, synthetic, kind, rows) for _ in range(ROUNDS.get(kind, 1))]
     rounds.sort(key=lambda each: each.share)
     note(report, kind, rounds[len(rounds) // 2])
-    shares = ", ".join(shown(each.share) for each in rounds)
     if len(rounds) > 1:
+        shares = ", ".join(shown(each.share) for each in rounds)
         report.notes.append(f"{kind.title}, all rounds: {shares} of the limit.")
 
 

@@ -93,7 +93,7 @@ class StorageApi:
         self.create_read_session = unary(
             f"{read}/CreateReadSession", types.CreateReadSessionRequest, types.ReadSession
         )
-        # The serialized batch alone: whoever kept its message would hold the rows twice.
+        # Not a message of protobuf's, which would hold the rows a second time.
         self.read_rows = stream(
             "unary_stream", f"{read}/ReadRows", _serializer(types.ReadRowsRequest), rows_of
         )

@@ -133,9 +133,15 @@ def _numbers(table: pa.Table, *, row_major: bool) -> np.ndarray:
         if not (pa.types.is_integer(field.type) or pa.types.is_floating(field.type)):
             column = _as_floats(table.column(position))
             table = table.set_column(position, field.name, column)
-    # One call for all columns, in which other threads have Python's lock.
+    # One call for all columns, which lets other threads have Python's lock.
     array = table.to_tensor(null_to_nan=True, row_major=row_major).to_numpy()
     return array.astype(np.float64, copy=False)
+
+
+def _as_floats(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    if pa.types.is_boolean(column.type):
+        column = column.cast(pa.int8())
+    return column.cast(pa.float64(), safe=False)
 
 
 def is_numeric(kind: pa.DataType) -> bool:
@@ -147,12 +153,6 @@ def is_numeric(kind: pa.DataType) -> bool:
         or types.is_decimal(kind)
         or types.is_boolean(kind)
     )
-
-
-def _as_floats(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    if pa.types.is_boolean(column.type):
-        column = column.cast(pa.int8())
-    return column.cast(pa.float64(), safe=False)
 
 
 def to_arrow(frame: Frame | pa.Table | pa.RecordBatch) -> pa.Table:

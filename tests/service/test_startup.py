@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import anyio
 import httpx2
@@ -100,6 +101,11 @@ def health(process: ServiceProcess) -> int:
     return httpx2.get(f"{process.url}/health", timeout=PATIENCE).status_code
 
 
+def asked(process: ServiceProcess, wanted: dict[str, Any]) -> Background:
+    """A call for a run, on its way."""
+    return Background(lambda: httpx2.get(f"{process.url}/predict", params=wanted, timeout=PATIENCE))
+
+
 def test_health_is_answered_before_anything_heavy_is_imported() -> None:
     done = subprocess.run(
         [sys.executable, "-c", FIRST_HEALTH],
@@ -122,9 +128,7 @@ def test_a_run_asked_for_at_once_waits_for_the_engine(
     env = gated("grpc", pipes, tmp_path, broken=False)
 
     with service_process(env | servers.env) as process:
-        caller = Background(
-            lambda: httpx2.get(f"{process.url}/predict", params=wanted, timeout=PATIENCE)
-        )
+        caller = asked(process, wanted)
         pipes.wait_until_entered()
         assert health(process) == 200
         pipes.let_go()
@@ -141,9 +145,7 @@ def test_a_model_is_not_loaded_while_scikit_learn_is_imported(
 
     with service_process(env | servers.env) as process:
         pipes.wait_until_entered()
-        caller = Background(
-            lambda: httpx2.get(f"{process.url}/predict", params=wanted, timeout=PATIENCE)
-        )
+        caller = asked(process, wanted)
         time.sleep(LONG_ENOUGH)
         pipes.let_go()
 
