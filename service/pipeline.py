@@ -28,7 +28,7 @@ from service.journal import Pins
 from service.model import Model, ModelCache, load_model
 from service.plan import Plan, choose_columns, make_plan
 from service.predict import describe
-from service.shard import Means, Shard, Task, run_shard
+from service.shard import Means, Shard, Source, Task, reading, run_shards
 from service.sizing import ChunkSize
 from service.threads import Threads
 from service.trial import interpreter_bound
@@ -169,10 +169,11 @@ async def append(
     """
     plan = job.plan
     found: dict[str, Any] = {}
+    counts: dict[int, int] = {}
 
-    async def try_model() -> None:
+    async def try_model(source: Source) -> None:
         found["workers"] = await _workers(
-            job, clients=clients, settings=settings, limiter=limiter, fits=fits
+            job, source, settings=settings, limiter=limiter, fits=fits
         )
 
     async def make_places() -> None:
@@ -185,11 +186,26 @@ async def append(
             )
         found["shards"] = await _create_shards(clients, job.session, plan, settings)
 
-    async with task_group() as tasks:
-        tasks.start_soon(try_model)
-        tasks.start_soon(make_places)
-    shards, workers = found["shards"], found["workers"]
-    _log.info("run started", rows=plan.rows, streams=len(shards), processes=workers)
+    # Rows are on their way while there is no place for them yet: the model is tried on the first.
+    async with reading(clients.storage, job.session, job.session.streams, settings) as sources:
+        async with task_group() as tasks:
+            if sources:
+                tasks.start_soon(try_model, sources[0])
+            tasks.start_soon(make_places)
+        shards, workers = found["shards"], found.get("workers", 0)
+        _log.info("run started", rows=plan.rows, streams=len(shards), processes=workers)
+        if not workers:
+            # A model's own threads, where there are fewer shards than cores.
+            threads = max(1, int(limiter.total_tokens) // max(1, len(shards)))
+            means = Means(
+                api=clients.storage,
+                settings=settings,
+                limiter=limiter,
+                sizes=job.sizes,
+                threads=await anyio.to_thread.run_sync(Threads, threads),
+                progress=progress,
+            )
+            counts = await run_shards(shards, sources, job, means)
     if workers:
         told = assignments(
             job,
@@ -200,18 +216,6 @@ async def append(
             settings=settings,
         )
         counts = await run_in_processes(told, job.sizes, progress)
-    else:
-        # A model's own threads, where there are fewer shards than cores.
-        threads = max(1, int(limiter.total_tokens) // max(1, len(shards)))
-        means = Means(
-            api=clients.storage,
-            settings=settings,
-            limiter=limiter,
-            sizes=job.sizes,
-            threads=await anyio.to_thread.run_sync(Threads, threads),
-            progress=progress,
-        )
-        counts = await _run_shards(shards, job, means)
     await _finalize(clients, shards, counts, settings)
     return tuple(shard.sink for shard in shards), sum(counts.values())
 
@@ -283,8 +287,8 @@ async def _create_shards(
 
 async def _workers(
     job: Job,
+    source: Source,
     *,
-    clients: Clients,
     settings: Settings,
     limiter: anyio.CapacityLimiter,
     fits: Callable[[int], bool],
@@ -293,28 +297,10 @@ async def _workers(
     calls = min(len(job.session.streams), int(limiter.total_tokens), settings.worker_processes)
     if calls < 2 or not fits(calls * WORKER_BYTES):
         return 0
-    if await interpreter_bound(
-        job,
-        job.table_rows,
-        api=clients.storage,
-        settings=settings,
-        limiter=limiter,
-        calls=calls,
-    ):
-        return calls
-    return 0
-
-
-async def _run_shards(shards: Sequence[Shard], job: Job, means: Means) -> dict[int, int]:
-    counts: dict[int, int] = {}
-
-    async def run(shard: Shard) -> None:
-        counts[shard.number] = await run_shard(shard, job, means)
-
-    async with task_group() as tasks:
-        for shard in shards:
-            tasks.start_soon(run, shard)
-    return counts
+    bound = await interpreter_bound(
+        job.predictor, source, job.table_rows, limiter=limiter, calls=calls
+    )
+    return calls if bound else 0
 
 
 async def _finalize(

@@ -36,7 +36,7 @@ from mlsys.tasks import task_group
 from service.logs import configure_logging, log_retries
 from service.memory import reuse_memory
 from service.model import load_estimator
-from service.shard import Means, Shard, Task, run_shard
+from service.shard import Means, Shard, Task, reading, run_shards
 from service.sizing import ChunkSize
 from service.threads import Threads
 
@@ -164,8 +164,7 @@ def _main(connection: Connection, assignment: Assignment) -> None:
 
 
 async def _carry_out(connection: Connection, assignment: Assignment) -> dict[int, int]:
-    settings, counts = assignment.settings, {}
-    plan = assignment.task.plan
+    settings, plan = assignment.settings, assignment.task.plan
     sizes = ChunkSize(plan.chunk_rows, most_bytes=settings.chunk_bytes)
     shrink = partial(asyncio.get_running_loop().call_soon_threadsafe, sizes.shrink)
     threading.Thread(target=_listen, args=(connection, shrink), daemon=True).start()
@@ -184,13 +183,9 @@ async def _carry_out(connection: Connection, assignment: Assignment) -> dict[int
             progress=connection.send,
         )
 
-        async def run(shard: Shard) -> None:
-            counts[shard.number] = await run_shard(shard, task, means)
-
-        async with task_group() as tasks:
-            for shard in assignment.shards:
-                tasks.start_soon(run, shard)
-    return counts
+        streams = [shard.source for shard in assignment.shards]
+        async with reading(clients.storage, task.session, streams, settings) as sources:
+            return await run_shards(assignment.shards, sources, task, means)
 
 
 def _listen(connection: Connection, shrink: Callable[[], object]) -> None:

@@ -1,0 +1,75 @@
+"""Whether a model needs processes is measured, whatever else happens in the meantime."""
+
+from __future__ import annotations
+
+import time
+
+import anyio
+import pyarrow as pa
+import pytest
+
+from service.shard import Source
+from service.trial import interpreter_bound
+
+pytestmark = pytest.mark.anyio
+
+# Of which a slow model takes minutes, and a quick one seconds.
+MANY = 2_000_000
+
+
+async def bound(predictor, *batches: pa.RecordBatch, rows: int = MANY) -> bool:
+    sent, received = anyio.create_memory_object_stream[pa.RecordBatch](len(batches))
+    with received:
+        async with sent:
+            for batch in batches:
+                await sent.send(batch)
+        source = Source(received)
+        limiter = anyio.CapacityLimiter(1)
+        decided = await interpreter_bound(predictor, source, rows, limiter=limiter, calls=2)
+        kept = [batch async for batch in source if batch.num_rows]
+        assert kept == [batch for batch in batches if batch.num_rows]
+    return decided
+
+
+def batch(rows: int) -> pa.RecordBatch:
+    return pa.record_batch({"x": pa.array(range(rows), pa.int64())})
+
+
+def work(seconds: float) -> None:
+    """Holds the interpreter, as Python code does."""
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
+        pass
+
+
+async def test_a_model_that_holds_the_interpreter_is_found_out() -> None:
+    assert await bound(lambda rows: work(1e-4 * len(rows)), batch(5000))
+
+
+async def test_a_quick_model_is_none_whose_first_call_takes_long() -> None:
+    called = []
+
+    def predict(rows: pa.Table) -> None:
+        work(1e-3 if called else 0.2)
+        called.append(rows)
+
+    assert not await bound(predict, batch(5000))
+
+
+async def test_what_a_call_costs_by_itself_is_not_taken_for_its_rows() -> None:
+    assert not await bound(lambda rows: work(1e-3), batch(20))
+
+
+async def test_a_first_message_without_rows_is_passed_over() -> None:
+    assert await bound(lambda rows: work(1e-4 * len(rows)), batch(0), batch(5000))
+
+
+async def test_a_model_that_is_tried_on_no_rows_stays_where_it_is() -> None:
+    assert not await bound(lambda rows: work(1), batch(0))
+
+
+async def test_small_tables_are_not_worth_a_trial() -> None:
+    def predict(rows: pa.Table) -> None:
+        raise AssertionError("tried")
+
+    assert not await bound(predict, batch(10), rows=1000)
