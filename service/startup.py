@@ -9,7 +9,7 @@ that import each other fail where two threads import them at once, and to unpick
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -93,6 +93,7 @@ class Startup:
         log_retries()
         async with open_engine(self._settings) as self._engine:
             await _warm_up(_MODELS)
+            await anyio.to_thread.run_sync(_predict_once, abandon_on_cancel=True)
             # What is imported stays. To look through it for garbage takes 0.2 seconds, in which
             # nobody is answered.
             self._engine.memory.leave_alone()
@@ -107,6 +108,14 @@ async def _warm_up(modules: Iterable[str]) -> None:
             await _import(module)
         except Exception as error:
             _log.warning("not imported ahead of the first run", module=module, exc_info=error)
+
+
+def _predict_once() -> None:
+    """What scikit-learn finds out once: 40 ms, to look for other packages that know frames."""
+    with suppress(Exception):  # It was not imported, and that is logged.
+        from sklearn.linear_model import LinearRegression
+
+        LinearRegression().fit([[0.0], [1.0]], [0.0, 1.0]).predict([[0.5]])
 
 
 async def _import(module: str) -> None:
