@@ -41,11 +41,14 @@ SAMPLES = ("titanic_train", "titanic_test")
 _START_SECONDS = 60
 _STOP_SECONDS = 5
 # bqemulator with room for more threads: a read that is left before its end keeps one for good, and
-# by itself the server has a handful of them. After that many it answers no more.
+# by itself the server has a handful of them. After that many it answers no more. And without copies
+# of the past: it would make one of the whole table after each write, and keep it for a week.
 _BIGQUERY = """
 import concurrent.futures, functools, grpc.aio
 from bqemulator.cli import main
+from bqemulator.versioning.snapshots import SnapshotManager
 
+SnapshotManager.capture = lambda *_, **__: None
 grpc.aio.server = functools.partial(grpc.aio.server, concurrent.futures.ThreadPoolExecutor(1000))
 main()
 """

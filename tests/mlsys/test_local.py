@@ -85,6 +85,19 @@ def test_a_second_pair_runs_beside_the_first_and_is_stopped_with_all_it_started(
     assert listens(port_of(servers.storage))
 
 
+def test_the_server_keeps_no_copies_of_what_a_table_was_before(cloud: Cloud) -> None:
+    path = cloud.put(pa.table({"n": [1, 2]}))
+
+    cloud.put(pa.table({"n": [3, 4]}), path)
+
+    [told] = cloud.query(
+        "SELECT COUNT(*) AS tables, COUNTIF(schema_name LIKE '%snapshot%') AS copies "
+        "FROM duckdb_tables()"
+    )
+    assert told["tables"] > 0
+    assert told["copies"] == 0
+
+
 # A program that says that it runs by connecting to a port, and does not end when it is told to.
 DEAF = """
 import signal, socket, sys
