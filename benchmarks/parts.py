@@ -3,8 +3,8 @@
     python -m benchmarks.parts linear 1000000 [read predict append]
 
 Each is measured with the code that the service uses, the same streams and chunks, and nothing
-behind or before it. What is measured begins when all is imported, opened and loaded, and a first
-small part has been done.
+behind or before it: what is read is dropped, what is predicted or appended lies in memory. What is
+measured begins when all is imported, opened and loaded, and a first small part has been done.
 """
 
 from __future__ import annotations
@@ -18,22 +18,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, astuple, dataclass
 from datetime import UTC, datetime
 from functools import partial
-from itertools import cycle, islice
+from itertools import cycle
 from typing import Any
 
 import anyio
 import pyarrow as pa
+from anyio.abc import TaskGroup
 from google.cloud.bigquery_storage_v1 import types
 
 from benchmarks import models, tables
 from benchmarks.models import Kind
 from benchmarks.storage_server import ROOT, Synthetic
 from mlsys.append import AppendLimits, append_stream, create_stream
-from mlsys.chunk import Rechunker
 from mlsys.clients import Clients, open_clients
 from mlsys.local import LocalServers
 from mlsys.read import ReadSession, read_stream
@@ -44,13 +43,14 @@ from service.model import ModelCache
 from service.pipeline import Job, prepare
 from service.plan import output_schema
 from service.predict import predict_stream, timed
+from service.threads import Threads
 
 PARTS = ("read", "predict", "append")
 UNCOMPRESSED = "none"
 CODECS = (UNCOMPRESSED, "LZ4_FRAME", "ZSTD")
 _WARM_UP_ROWS = 50_000
-# Chunks and results that are made before the clock starts, and used over and over.
-_KEPT = 8
+# Of which the results to be appended are made, before the clock starts.
+_CHUNKS = 8
 
 
 @dataclass(frozen=True)
@@ -206,94 +206,123 @@ async def _reading(
 async def _predicting(
     job: Job, session: ReadSession, rows: int, clients: Clients, settings: Settings
 ) -> Callable[[], Awaitable[None]]:
-    """The same chunks again and again, by as many threads as the service has."""
-    chunks = await anyio.to_thread.run_sync(_chunks, job)
-    calls = -(-rows // chunks[0].num_rows)
+    """As many streams and threads as in a run make results of batches in memory."""
+    await anyio.to_thread.run_sync(_settle, job)
+    shares = [_messages(job, share) for share in _shares(rows, session)]
+    limiter = anyio.CapacityLimiter(settings.predict_threads)
+    threads = await anyio.to_thread.run_sync(Threads, 1)
+    counted = 0
 
-    def predict(chunk: pa.Table) -> int:
-        return len(job.predictor(chunk)[0])
-
-    def predict_all() -> None:
-        with ThreadPoolExecutor(settings.predict_threads) as threads:
-            done = sum(threads.map(predict, islice(cycle(chunks), calls)))
-        assert done >= rows
+    async def drop(results: Any) -> None:
+        nonlocal counted
+        async for result in results:
+            counted += result.num_rows
 
     async def work() -> None:
-        await anyio.to_thread.run_sync(predict_all)
+        async with anyio.create_task_group() as tasks:
+            for number, messages in enumerate(shares):
+                results_in, results_out = anyio.create_memory_object_stream[pa.RecordBatch](0)
+                predict = partial(
+                    predict_stream,
+                    job.predictor,
+                    job.plan,
+                    _giving(messages, tasks),
+                    results_in,
+                    limiter=limiter,
+                    sizes=job.sizes,
+                    threads=threads,
+                    stream=number,
+                )
+                tasks.start_soon(predict)
+                tasks.start_soon(drop, results_out)
+        assert counted == rows
 
     return work
 
 
-def _chunks(job: Job) -> list[pa.Table]:
-    """Chunks as a run makes them of the messages that it reads, as large as it settles on."""
-    chunks, sizes = _cut(job), job.sizes
-    while not sizes.settled:
-        _, cost = timed(partial(job.predictor, chunks[0]))
-        sizes.learn(chunks[0].num_rows, cost, chunks[0].nbytes)
-        chunks = _cut(job)
-    return chunks
+def _shares(rows: int, session: ReadSession) -> list[int]:
+    streams = len(session.streams)
+    return [rows // streams + (number < rows % streams) for number in range(streams)]
 
 
-def _cut(job: Job) -> list[pa.Table]:
+def _giving(batches: Sequence[pa.RecordBatch], tasks: TaskGroup) -> Any:
+    """A stream of batches, as a stage gets them from the one before it."""
+    sent, received = anyio.create_memory_object_stream[pa.RecordBatch](0)
+
+    async def give() -> None:
+        async with sent:
+            for batch in batches:
+                await sent.send(batch)
+
+    tasks.start_soon(give)
+    return received
+
+
+def _settle(job: Job) -> None:
+    """Lets chunks become as large as they do in a run."""
+    while not job.sizes.settled:
+        chunk = pa.Table.from_batches(_messages(job, job.sizes.rows))
+        _, cost = timed(partial(job.predictor, chunk))
+        job.sizes.learn(chunk.num_rows, cost, chunk.nbytes)
+
+
+def _messages(job: Job, rows: int) -> list[pa.RecordBatch]:
+    """So many rows as a run reads them."""
     kind = tables.shape_of(job.plan.input.table).kind
-    message = tables.message(kind, tuple(job.plan.columns.read))
-    rechunker, chunks = Rechunker(job.sizes.rows), []
-    while len(chunks) < _KEPT:
-        chunks += rechunker.push(message)
-    return chunks
+    return _copies([tables.message(kind, tuple(job.plan.columns.read))], rows)
+
+
+def _copies(batches: Sequence[pa.RecordBatch], rows: int) -> list[pa.RecordBatch]:
+    """The batches over and over, until there are so many rows.
+
+    Each has memory of its own: in a run no batch is met twice, and what is met again comes out of
+    the cache, several times as fast as out of memory.
+    """
+    copies = []
+    for batch in cycle(batches):
+        if not rows:
+            return copies
+        part = batch.slice(0, rows)
+        copies.append(pa.ipc.read_record_batch(part.serialize(), part.schema))
+        rows -= part.num_rows
 
 
 async def _appending(
     job: Job, session: ReadSession, rows: int, clients: Clients, settings: Settings
 ) -> Callable[[], Awaitable[None]]:
-    """The same results again and again, into as many streams as the service has."""
-    results = await _results(job, session)
+    """Results in memory go into as many streams as the service has."""
+    results = await _results(job)
     schema = output_schema(job.plan, session.schema)
     limits = AppendLimits(settings.append_request_bytes, settings.append_unacked_bytes)
-    sinks = [await create_stream(clients.storage, job.plan.output) for _ in session.streams]
+    shares = [_copies(results, share) for share in _shares(rows, session)]
+    sinks = [await create_stream(clients.storage, job.plan.output) for _ in shares]
 
-    async def append(sink: str, rows: int) -> None:
-        sent, received = anyio.create_memory_object_stream[pa.RecordBatch](0)
+    async def append(sink: str, given: Any) -> None:
+        stored = await append_stream(clients.storage, sink, schema, given, limits=limits)
+        counts.append(stored)
 
-        async def send() -> None:
-            left = rows
-            async with sent:
-                for batch in cycle(results):
-                    if not left:
-                        return
-                    part = batch.slice(0, left)
-                    await sent.send(part)
-                    left -= part.num_rows
-
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(send)
-            stored = await append_stream(clients.storage, sink, schema, received, limits=limits)
-        assert stored == rows
+    counts: list[int] = []
 
     async def work() -> None:
         async with anyio.create_task_group() as tasks:
-            for number, sink in enumerate(sinks):
-                share = rows // len(sinks) + (number < rows % len(sinks))
-                tasks.start_soon(append, sink, share)
+            for sink, share in zip(sinks, shares, strict=True):
+                tasks.start_soon(append, sink, _giving(share, tasks))
+        assert sum(counts) == rows
 
     return work
 
 
-async def _results(job: Job, session: ReadSession) -> list[pa.RecordBatch]:
-    sent, received = anyio.create_memory_object_stream[pa.RecordBatch](0)
-    out, results = anyio.create_memory_object_stream[pa.RecordBatch](math.inf)
+async def _results(job: Job) -> list[pa.RecordBatch]:
+    """What a run makes of a few chunks."""
+    await anyio.to_thread.run_sync(_settle, job)
+    results_in, results_out = anyio.create_memory_object_stream[pa.RecordBatch](math.inf)
     limiter = anyio.CapacityLimiter(1)
-    async with anyio.create_task_group() as tasks, sent, results:
-        tasks.start_soon(
-            lambda: predict_stream(
-                job.predictor, job.plan, received, out, limiter=limiter, sizes=job.sizes
-            )
+    async with anyio.create_task_group() as tasks:
+        given = _giving(_messages(job, _CHUNKS * job.sizes.rows), tasks)
+        await predict_stream(
+            job.predictor, job.plan, given, results_in, limiter=limiter, sizes=job.sizes
         )
-        for chunk in await anyio.to_thread.run_sync(_chunks, job):
-            for batch in chunk.to_batches():
-                await sent.send(batch)
-        await sent.aclose()
-        return [result async for result in results]
+    return [result async for result in results_out]
 
 
 _WORK = {"read": _reading, "predict": _predicting, "append": _appending}
