@@ -204,7 +204,7 @@ class Service:
         if answer.status_code != 200:
             raise RuntimeError(f"{answer.status_code}: {answer.text}")
         once = (after.rows_appended, after.rows_committed) == (rows, rows) and not after.errors
-        # A run that tries its model first reads the rows for that a second time.
+        # A run in processes has read some rows before, in one, to find out that it needs them.
         if after.rows_read == rows:
             once = once and after.ids_read == after.ids_appended
         if not once or after.rows_read < rows:

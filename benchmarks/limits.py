@@ -7,11 +7,13 @@ run is faster than its slowest part, nor than the CPU seconds that its parts tak
 service and of the server together, spread over all cores. The limit is the larger of the two.
 
 Half of each part is measured before the run and half after it: a machine that others use too
-changes its speed from one minute to the next. Of several rounds the median one counts.
+changes its speed from one minute to the next. Of several rounds the median one counts; what comes
+after one comes before the next.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -67,7 +69,7 @@ class Round:
 
 
 def measure(report: Report, synthetic: Synthetic, kind: Kind, rows: int) -> None:
-    rounds = [one_round(report, synthetic, kind, rows) for _ in range(ROUNDS.get(kind, 1))]
+    rounds = list(all_rounds(report, synthetic, kind, rows))
     rounds.sort(key=lambda each: each.share)
     note(report, kind, rounds[len(rounds) // 2])
     if len(rounds) > 1:
@@ -75,15 +77,17 @@ def measure(report: Report, synthetic: Synthetic, kind: Kind, rows: int) -> None
         report.notes.append(f"{kind.title}, all rounds: {shares} of the limit.")
 
 
-def one_round(report: Report, synthetic: Synthetic, kind: Kind, rows: int) -> Round:
+def all_rounds(report: Report, synthetic: Synthetic, kind: Kind, rows: int) -> Iterator[Round]:
     half = rows // 2
     before = alone(synthetic, kind, half)
-    with service(synthetic) as running:
-        running.warm_up(kind)
-        whole = running.predict(kind, rows)
-    after = alone(synthetic, kind, rows - half)
-    parts = {part: before[part] + after[part] for part in PARTS}
-    return Round(whole, parts, report.machine["cores"])
+    for _ in range(ROUNDS.get(kind, 1)):
+        with service(synthetic) as running:
+            running.warm_up(kind)
+            whole = running.predict(kind, 2 * half)
+        after = alone(synthetic, kind, half)
+        parts = {part: before[part] + after[part] for part in PARTS}
+        yield Round(whole, parts, report.machine["cores"])
+        before = after
 
 
 def note(report: Report, kind: Kind, one: Round) -> None:
