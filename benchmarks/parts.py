@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from itertools import cycle
@@ -106,10 +106,14 @@ async def measure(kind: Kind, rows: int, parts: Sequence[str]) -> dict[str, Part
     measured = {}
     async with open_clients(settings) as clients, anyio.create_task_group() as tasks:
         cache = ModelCache(settings.model_cache_bytes, tasks)
+        first = await _job(synthetic, kind, rows, clients, cache, settings)
+        if {"predict", "append"} & set(parts):
+            await anyio.to_thread.run_sync(_settle, first)
 
         async def work_on(part: str, rows: int) -> Callable[[], Awaitable[None]]:
             name, _, codec = part.partition(":")
             job = await _job(synthetic, kind, rows, clients, cache, settings)
+            job = replace(job, sizes=first.sizes)
             session = await _session(clients, job, settings, codec or UNCOMPRESSED)
             return await _WORK[name](job, session, rows, clients, settings)
 
@@ -207,7 +211,6 @@ async def _predicting(
     job: Job, session: ReadSession, rows: int, clients: Clients, settings: Settings
 ) -> Callable[[], Awaitable[None]]:
     """As many streams and threads as in a run make results of batches in memory."""
-    await anyio.to_thread.run_sync(_settle, job)
     shares = [_messages(job, share) for share in _shares(rows, session)]
     limiter = anyio.CapacityLimiter(settings.predict_threads)
     threads = await anyio.to_thread.run_sync(Threads, 1)
@@ -314,7 +317,6 @@ async def _appending(
 
 async def _results(job: Job) -> list[pa.RecordBatch]:
     """What a run makes of a few chunks."""
-    await anyio.to_thread.run_sync(_settle, job)
     results_in, results_out = anyio.create_memory_object_stream[pa.RecordBatch](math.inf)
     limiter = anyio.CapacityLimiter(1)
     async with anyio.create_task_group() as tasks:
