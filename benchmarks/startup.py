@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from matplotlib.figure import Figure
 
-ROUNDS = 5
+ROUNDS = 3
 MOST_RATIO = 1.5
 OURS = "service.app:create_app"
 BARE = """

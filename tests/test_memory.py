@@ -14,10 +14,10 @@ from mlsys.local import LocalServers
 from tests.conftest import Cloud
 from tests.service.support import process_environment, request_for, service_process
 
-SMALL, LARGE = 1_000_000, 5_000_000
+SMALL, LARGE = 500_000, 2_500_000
 MIB = 2**20
-# The rows that the one has more than the other take 350 MiB.
-MARGIN = 128 * MIB
+# The rows that the one has more than the other take 168 MiB.
+MARGIN = 84 * MIB
 # Chunks whose size is found out stay smaller where a busy machine is slow, and so does the peak.
 CHUNK_ROWS = 65_536
 FLOATS, INTEGERS = [f"f{number}" for number in range(7)], [f"i{number}" for number in range(3)]
