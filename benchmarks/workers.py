@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WANTED = 1.8
-ROWS = 400_000
+ROWS = 600_000
 # So many that processes pay: the first run that has any starts what they are forked from.
 FIRST_ROWS = 250_000
 # The setting that keeps the service from starting processes, for one that may.

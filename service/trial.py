@@ -28,8 +28,12 @@ _log = structlog.get_logger(__name__)
 _PAYS_SECONDS = 4
 # Of fewer rows nothing is asked: they would have to take 80 µs each, which few models do.
 _FEWEST_ROWS = 50_000
-# A call that is timed takes at least this long, where there are rows enough.
+# A call that is timed takes at least this long, where there are rows enough, and so many times as
+# long as one of a single row.
 _CALL_SECONDS = 0.03
+_MOSTLY_ROWS = 3
+# Of a call that takes less than so many times as long, nothing is known of its rows.
+_HALF_ROWS = 2
 _FIRST_ROWS = 256
 _KNOCK_SECONDS = 0.0005
 _PUT_OFF_SECONDS = 1.0
@@ -92,32 +96,30 @@ def _tried(predictor: Callable[[pa.Table], object], sample: pa.Table, rows: int)
 
 
 def _measure(predictor: Callable[[pa.Table], object], sample: pa.Table, rows: int) -> Trial | None:
-    """Times calls of the model; None where the table is not worth it."""
+    """Times calls of the model; None where the table is not worth it, or too few rows are there."""
     threads = Threads(1)
     chunk = sample.slice(0, 1)
     call = partial(threads.call, lambda: predictor(chunk))
-    # Of a call however few rows it gets: a first message may be small, and a run's chunks are not.
-    fixed = _core_seconds(call)
+    # What a call costs however few rows it gets is mostly Python, a forest's to start its trees for
+    # instance, and hardly counts in the large chunks of a run. The first in a process also finds
+    # out things for good, in scikit-learn 1.9 for 40 ms.
+    fixed = min(_core_seconds(call), _core_seconds(call))
+    enough = max(_CALL_SECONDS, _MOSTLY_ROWS * fixed)
     chunk = sample.slice(0, _FIRST_ROWS)
-    while (seconds := _core_seconds(call)) < _CALL_SECONDS and chunk.num_rows < sample.num_rows:
+    while (seconds := _core_seconds(call)) < enough and chunk.num_rows < sample.num_rows:
         chunk = sample.slice(0, 4 * chunk.num_rows)
-    row_seconds = max(seconds - fixed, 0) / chunk.num_rows
-    if rows * row_seconds < _PAYS_SECONDS:
+    if seconds >= enough:  # Or it was held up, as calls are where others use the machine as well.
+        seconds = min(seconds, _core_seconds(call))
+    row_seconds = (seconds - fixed) / chunk.num_rows
+    if seconds < _HALF_ROWS * fixed or rows * row_seconds < _PAYS_SECONDS:
         return None
     return Trial(row_seconds, _shared(call))
 
 
 def _core_seconds(call: Callable[[], object]) -> float:
-    """Of the quicker of two calls, seconds of a core.
-
-    The first in a process finds out things for good, in scikit-learn 1.9 for 40 ms; and any may be
-    held up, where others use the machine as well.
-    """
     start = time.thread_time()
     call()
-    half = time.thread_time()
-    call()
-    return min(half - start, time.thread_time() - half)
+    return time.thread_time() - start
 
 
 def _shared(call: Callable[[], object]) -> float:

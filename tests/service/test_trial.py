@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from hashlib import pbkdf2_hmac
 
 import anyio
 import pyarrow as pa
@@ -58,6 +59,29 @@ async def test_a_quick_model_is_none_whose_first_call_takes_long() -> None:
 
 async def test_what_a_call_costs_by_itself_is_not_taken_for_its_rows() -> None:
     assert not await bound(lambda rows: work(1e-3), batch(20))
+
+
+async def test_a_call_that_is_held_up_is_asked_again() -> None:
+    called = []
+
+    def predict(rows: pa.Table) -> None:
+        work(0.2 if len(called) == 2 else 1e-3)
+        called.append(rows)
+
+    assert not await bound(predict, batch(5000))
+
+
+async def test_a_model_whose_calls_begin_in_python_is_measured_on_many_rows() -> None:
+    def predict(rows: pa.Table) -> None:
+        work(0.03)
+        # Compiled, and without the interpreter.
+        pbkdf2_hmac("sha256", b"word", b"salt", 20 * len(rows))
+
+    assert not await bound(predict, batch(20_000))
+
+
+async def test_a_model_in_python_is_found_out_however_its_calls_begin() -> None:
+    assert await bound(lambda rows: work(0.03 + 1e-4 * len(rows)), batch(20_000))
 
 
 async def test_a_first_message_without_rows_is_passed_over() -> None:
