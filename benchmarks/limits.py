@@ -69,8 +69,7 @@ class Round:
 
 
 def measure(report: Report, synthetic: Synthetic, kind: Kind, rows: int) -> None:
-    rounds = list(all_rounds(report, synthetic, kind, rows))
-    rounds.sort(key=lambda each: each.share)
+    rounds = sorted(all_rounds(report, synthetic, kind, rows), key=lambda each: each.share)
     note(report, kind, rounds[len(rounds) // 2])
     if len(rounds) > 1:
         shares = ", ".join(shown(each.share) for each in rounds)
