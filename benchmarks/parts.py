@@ -1,10 +1,11 @@
 """The parts of a run alone: only reading, only predicting, only appending.
 
-    python -m benchmarks.parts linear 1000000 [read predict append]
+    python -m benchmarks.parts linear 1000000 [read predict append read+predict+append]
 
 Each is measured with the code that the service uses, the same streams and chunks, and nothing
-behind or before it: what is read is dropped, what is predicted or appended lies in memory. What is
-measured begins when all is imported, opened and loaded, and a first small part has been done.
+behind or before it: what is read is dropped, what is predicted or appended lies in memory. Parts
+with a plus between them are done at once, and still none waits for another. What is measured begins
+when all is imported, opened and loaded, and a first small part has been done.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from service.predict import predict_stream, timed
 from service.threads import Threads
 
 PARTS = ("read", "predict", "append")
+AT_ONCE = "+".join(PARTS)
 UNCOMPRESSED = "none"
 CODECS = (UNCOMPRESSED, "LZ4_FRAME", "ZSTD")
 _WARM_UP_ROWS = 50_000
@@ -82,7 +84,8 @@ def alone(
     """Measures parts one after the other, in a fresh process.
 
     Args:
-        parts: their names; `read:ZSTD` is reading rows that come compressed so (`CODECS`).
+        parts: their names; `read:ZSTD` is reading rows that come compressed so (`CODECS`), and
+            `AT_ONCE` is all of them side by side, so many rows each.
     """
     env = os.environ | {"PYTHONPATH": str(ROOT)} | synthetic.servers.env
     # As many threads as the service has predict there; each has a core to itself.
@@ -107,7 +110,7 @@ async def measure(kind: Kind, rows: int, parts: Sequence[str]) -> dict[str, Part
     async with open_clients(settings) as clients, anyio.create_task_group() as tasks:
         cache = ModelCache(settings.model_cache_bytes, tasks)
         first = await _job(synthetic, kind, rows, clients, cache, settings)
-        if {"predict", "append"} & set(parts):
+        if any("predict" in part or "append" in part for part in parts):
             await anyio.to_thread.run_sync(_settle, first)
 
         async def work_on(part: str, rows: int) -> Callable[[], Awaitable[None]]:
@@ -117,9 +120,19 @@ async def measure(kind: Kind, rows: int, parts: Sequence[str]) -> dict[str, Part
             session = await _session(clients, job, settings, codec or UNCOMPRESSED)
             return await _WORK[name](job, session, rows, clients, settings)
 
+        async def at_once(parts: str, rows: int) -> Callable[[], Awaitable[None]]:
+            works = [await work_on(part, rows) for part in parts.split("+")]
+
+            async def work() -> None:
+                async with anyio.create_task_group() as tasks:
+                    for each in works:
+                        tasks.start_soon(each)
+
+            return work
+
         for part in parts:
-            await (await work_on(part, _WARM_UP_ROWS))()
-            work = await work_on(part, rows)
+            await (await at_once(part, _WARM_UP_ROWS))()
+            work = await at_once(part, rows)
             measured[part] = await _measured(synthetic, rows, work)
     return measured
 
