@@ -1,4 +1,4 @@
-"""The command `mlsys`, run as its users do: as a process."""
+"""The command `mlsys`: run as its users do, as a process, and where it says no in this one."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from sklearn.linear_model import LinearRegression
+from typer.testing import CliRunner, Result
 
 from mlsys.local import LocalServers
+from service.cli import app
 from tests.conftest import Client, Cloud
 
 MLSYS = str(Path(sys.executable).with_name("mlsys"))
@@ -32,6 +34,16 @@ def mlsys(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
         text=True,
         timeout=120,
     )
+
+
+def mlsys_here(*arguments: str, **env: str) -> Result:
+    """The same in this process, which has imported already all that it needs."""
+    return CliRunner().invoke(app, arguments, env=env)
+
+
+def said(done: Result) -> str:
+    """What people are told, however wide their terminal is."""
+    return " ".join(done.stderr.split())
 
 
 @pytest.fixture(scope="module")
@@ -118,13 +130,13 @@ def test_predict_tells_people_what_was_done(
 ) -> None:
     table, model = scored
 
-    done = mlsys(
+    done = mlsys_here(
         "predict", table, cloud.new_table(), f"--model={model}", MLSYS_URL=str(service.base_url)
     )
 
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.output
     assert done.stdout == ""
-    assert f"✓ 10 rows predicted by {model} v1" in done.stderr
+    assert f"✓ 10 rows predicted by {model} v1" in said(done)
 
 
 def test_predict_fails_with_the_problem_and_status_1(
@@ -132,22 +144,23 @@ def test_predict_fails_with_the_problem_and_status_1(
 ) -> None:
     table, _ = scored
 
-    done = mlsys("predict", table, cloud.new_table(), "--model=nobody", f"--url={service.base_url}")
+    done = mlsys_here(
+        "predict", table, cloud.new_table(), "--model=nobody", f"--url={service.base_url}"
+    )
 
-    assert done.returncode == 1
-    assert "✗ Not found: gs://mlsys-models-dev has no model named nobody." in done.stderr
-    assert "Traceback" not in done.stderr
+    assert done.exit_code == 1
+    assert "✗ Not found: gs://mlsys-models-dev has no model named nobody." in said(done)
 
 
 def test_predict_refuses_a_malformed_name_before_it_calls() -> None:
-    done = mlsys("predict", "not a table", "a.b.c", "--model=m", "--url=http://127.0.0.1:1")
+    done = mlsys_here("predict", "not a table", "a.b.c", "--model=m", "--url=http://127.0.0.1:1")
 
-    assert done.returncode == 1
-    assert "✗ input_table: 'not a table' is not a table path." in done.stderr
+    assert done.exit_code == 1
+    assert "✗ input_table: 'not a table' is not a table path." in said(done)
 
 
 def test_predict_asks_to_be_tried_again_where_there_is_no_service() -> None:
-    done = mlsys(
+    done = mlsys_here(
         "predict",
         "my-project.data.input",
         "my-project.data.output",
@@ -155,8 +168,8 @@ def test_predict_asks_to_be_tried_again_where_there_is_no_service() -> None:
         "--url=http://127.0.0.1:1",
     )
 
-    assert done.returncode == 75
-    assert "✗ No answer from http://127.0.0.1:1 (ConnectError). Is it up?" in done.stderr
+    assert done.exit_code == 75
+    assert "✗ No answer from http://127.0.0.1:1 (ConnectError). Is it up?" in said(done)
 
 
 def test_predict_needs_no_service(
@@ -210,13 +223,14 @@ def test_publish_then_models_lists_it(servers: LocalServers, cloud: Cloud, tmp_p
     name = cloud.name("cli").replace("_", "-")
     arguments = [str(tmp_path / "model.pkl"), name, f"--rows={tmp_path / 'rows.parquet'}"]
 
-    for _ in range(2):
-        published = mlsys("publish", *arguments, "--target=double", "--json", **servers.env)
-        assert published.returncode == 0, published.stderr
+    published = mlsys("publish", *arguments, "--target=double", "--json", **servers.env)
+    again = mlsys_here("publish", *arguments, **servers.env)
     listed = mlsys("models", "--json", **servers.env)
-    shown = mlsys("models", **servers.env)
+    shown = mlsys_here("models", **servers.env)
 
+    assert published.returncode == 0, published.stderr
     assert json.loads(published.stdout)["target"] == "double"
+    assert f"✓ Published as gs://mlsys-models-dev/{name}/v2/model.pkl." in said(again)
     assert json.loads(listed.stdout)[name] == ["v1", "v2"]
     assert re.search(rf"{name} +│ v2 +│ v1, v2", shown.stdout)
 
@@ -236,11 +250,11 @@ def test_publish_refuses_a_version_that_exists(
         "--version=v3",
     ]
 
-    assert mlsys("publish", *arguments, **servers.env).returncode == 0
-    again = mlsys("publish", *arguments, **servers.env)
+    assert mlsys_here("publish", *arguments, **servers.env).exit_code == 0
+    again = mlsys_here("publish", *arguments, **servers.env)
 
-    assert again.returncode == 1
-    assert f"gs://mlsys-models-dev/{name}/v3/model.pkl exists" in again.stderr
+    assert again.exit_code == 1
+    assert f"gs://mlsys-models-dev/{name}/v3/model.pkl exists" in said(again)
 
 
 @pytest.mark.parametrize(
@@ -259,10 +273,10 @@ def test_publish_says_which_file_is_damaged(
     (tmp_path / "rows.csv").write_bytes(rows)
     paths = [str(tmp_path / "model.pkl"), "some-model", f"--rows={tmp_path / 'rows.csv'}"]
 
-    done = mlsys("publish", *paths)
+    done = mlsys_here("publish", *paths)
 
-    assert done.returncode == 1
-    assert done.stderr.startswith(f"✗ {told}")
+    assert done.exit_code == 1
+    assert said(done).startswith(f"✗ {told}")
 
 
 def test_local_runs_a_command_with_everything_up_and_ends_with_its_status() -> None:
@@ -280,10 +294,10 @@ def test_local_runs_a_command_with_everything_up_and_ends_with_its_status() -> N
 def test_register_counts_the_same_with_a_service_and_without(
     service: Client, servers: LocalServers, scored: tuple[str, str]
 ) -> None:
-    with_it = mlsys("register", "--json", f"--url={service.base_url}")
+    with_it = mlsys_here("register", "--json", f"--url={service.base_url}")
     without = mlsys("register", "--json", **servers.env)
 
-    assert (with_it.returncode, without.returncode) == (0, 0), with_it.stderr + without.stderr
+    assert (with_it.exit_code, without.returncode) == (0, 0), with_it.stderr + without.stderr
     first, second = json.loads(with_it.stdout), json.loads(without.stdout)
     assert scored[1] in {model["name"] for model in first["registered"]}
     assert second["registered"] == first["registered"]
@@ -297,14 +311,14 @@ def test_runs_are_listed_with_a_service_and_without(
     assert service.predict(table, cloud.new_table(), model, run_id=run_id).status_code == 200
 
     here = mlsys("runs", run_id, "--json", **servers.env)
-    there = mlsys("runs", run_id, "--json", f"--url={service.base_url}")
-    listed = mlsys("runs", "--state=committed", "--limit=1", f"--url={service.base_url}")
-    nobody = mlsys("runs", "nobody", f"--url={service.base_url}")
+    there = mlsys_here("runs", run_id, "--json", f"--url={service.base_url}")
+    listed = mlsys_here("runs", "--state=committed", "--limit=1", f"--url={service.base_url}")
+    nobody = mlsys_here("runs", "nobody", f"--url={service.base_url}")
 
     assert here.returncode == 0, here.stderr
     assert json.loads(here.stdout) == json.loads(there.stdout)
     [run] = json.loads(here.stdout)["runs"]
     assert (run["run_id"], run["state"]) == (run_id, "committed")
     assert "committed" in listed.stdout
-    assert nobody.returncode == 1
-    assert "no run 'nobody'" in nobody.stderr
+    assert nobody.exit_code == 1
+    assert "no run 'nobody'" in said(nobody)

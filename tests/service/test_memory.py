@@ -192,6 +192,16 @@ def until(event: anyio.Event) -> Callable[[Run], Awaitable[PredictResult]]:
     return work
 
 
+def taking_too_much_of(memory: Memory) -> Callable[[Run], Awaitable[PredictResult]]:
+    async def work(run: Run) -> PredictResult:
+        run.begin(1)
+        held = b"x" * (memory.brink - memory.used() + 10 * MIB)
+        await anyio.sleep_forever()
+        return RESULT.model_copy(update={"rows": len(held)})
+
+    return work
+
+
 async def memory_with(mib: int, run_bytes: int = 1, share: float = 0.8) -> Memory:
     """One of which `share` is so many MiB more than what this process and its servers use."""
     memory = Memory(PLENTY, run_bytes)
@@ -280,16 +290,9 @@ async def test_where_memory_gets_short_each_run_is_asked_for_less() -> None:
 @pytest.mark.anyio
 async def test_before_memory_runs_out_the_newest_run_ends_and_the_others_go_on() -> None:
     memory, let_go = await memory_with(100), anyio.Event()
-
-    async def take_too_much(run: Run) -> PredictResult:
-        run.begin(1)
-        held = b"x" * (memory.brink - memory.used() + 10 * MIB)
-        await let_go.wait()
-        return RESULT.model_copy(update={"rows": len(held)})
-
     async with runs_within(memory) as runs:
         older = runs.start(request(), until(let_go))
-        newest = runs.start(request(), take_too_much)
+        newest = runs.start(request(), taking_too_much_of(memory))
 
         await newest.ended.wait()
 
@@ -304,14 +307,12 @@ async def test_before_memory_runs_out_the_newest_run_ends_and_the_others_go_on()
 
 @pytest.mark.anyio
 async def test_a_watch_begins_anew_with_the_next_run() -> None:
-    memory, let_go = await memory_with(100), anyio.Event()
+    memory = await memory_with(100)
     async with runs_within(memory) as runs:
         for _ in range(2):
-            run = runs.start(request(), until(let_go))
-            held = b"x" * (memory.brink - memory.used() + 10 * MIB)
+            run = runs.start(request(), taking_too_much_of(memory))
             await run.ended.wait()
             assert isinstance(run.error, OutOfMemory)
-            del held
             await anyio.wait_all_tasks_blocked()
 
 

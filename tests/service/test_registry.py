@@ -1012,13 +1012,16 @@ def test_a_server_that_is_down_is_unavailable_and_to_be_tried_again(
     assert int(response.headers["Retry-After"]) > 0
 
 
-def test_cloud_storage_that_fails_halfway_fails_the_scan_and_writes_nothing(place: Place) -> None:
+def test_cloud_storage_that_fails_halfway_fails_the_scan_and_writes_nothing(
+    place: Place, start: Callable[..., Client]
+) -> None:
+    service = start(storage_emulator_host=place.objects.url, retry_seconds=0.5)
     place.put_all({"a/v1/model.pkl": b"m", "a/v1/metadata.json": {"target": "x"}})
     place.scan()
     before = place.rows()
     place.objects.before = lambda r: (503, b"{}") if r.reads_metadata else None
 
-    response = place.get()
+    response = service.get("/model-registry", params={"env": "dev"})
 
     assert_problem(response, 503, "a/v1/metadata.json")
     assert place.rows() == before
