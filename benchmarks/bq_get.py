@@ -1,9 +1,9 @@
 """`bq_get` beside the google-cloud-bigquery client, on one table of the local server.
 
-    uv run --with db-dtypes benchmarks/bq_get.py [--rows 2000000] [--rounds 9]
+    uv run --with db-dtypes python -m benchmarks.bq_get [--rows 2000000] [--rounds 9]
 
 or, where the environment is active already, `pip install db-dtypes` (which only the client's own
-`to_dataframe` needs, and this project does not) and `.venv/bin/python benchmarks/bq_get.py`.
+`to_dataframe` needs, and this project does not) and `.venv/bin/python -m benchmarks.bq_get`.
 
 Both read the same table of 11 columns through the Storage Read API of the same local server, in one
 process and by turns: A B, B A, A B, … after one round that does not count. Both open their clients
@@ -167,7 +167,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
     if importlib.util.find_spec("db_dtypes") is None:
-        sys.exit("The client's to_dataframe needs db-dtypes: uv run --with db-dtypes " + __file__)
+        sys.exit(
+            "The client's to_dataframe needs db-dtypes: "
+            "uv run --with db-dtypes python -m benchmarks.bq_get"
+        )
     describe_machine()
     with tables_of(options.rows) as (settings, [table]):
         print(f"{options.rows:,} rows of 11 columns, {options.rounds} rounds\n")

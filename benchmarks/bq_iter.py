@@ -1,8 +1,8 @@
 """The memory of `bq_iter` over a table of ten million rows, beside Google's own iterator.
 
-    uv run --with db-dtypes benchmarks/bq_iter.py [--rows 10000000] [--rounds 3]
+    uv run --with db-dtypes python -m benchmarks.bq_iter [--rows 10000000] [--rounds 3]
 
-or `.venv/bin/python benchmarks/bq_iter.py`, which leaves Google's iterator out where db-dtypes is
+or `.venv/bin/python -m benchmarks.bq_iter`, which leaves Google's iterator out where db-dtypes is
 not installed.
 
 Each measurement is a fresh process that reads all of the table, 11 columns, from the local server
@@ -27,8 +27,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-import bq_get
-
+from benchmarks import bq_get
 from mlsys import Settings, bq_iter
 
 LIMIT_MIB = 400
@@ -78,7 +77,7 @@ def in_fresh_process(settings: Settings, who: str, table: str) -> dict[str, Any]
         "BIGQUERY_STORAGE_EMULATOR_HOST": settings.bigquery_storage_emulator_host,
         "STORAGE_EMULATOR_HOST": settings.storage_emulator_host,
     }
-    command = [sys.executable, __file__, "--child", who, table]
+    command = [sys.executable, "-m", "benchmarks.bq_iter", "--child", who, table]
     done = subprocess.run(command, env=os.environ | env, stdout=subprocess.PIPE, check=True)
     return json.loads(done.stdout)
 

@@ -27,12 +27,12 @@ SIZES = (1_000, 4_000, 16_000, 64_000, 256_000, 1_000_000)
 _ADAPTIVE_BEFORE = 64_000
 STREAMS = (1, 2)
 ROWS = {
-    models.LINEAR: 2**22,
-    models.BOOSTING: 2**18,
-    models.FOREST: 2**18,
-    models.STRINGS: 2**18,
+    models.LINEAR: 2**23,
+    models.BOOSTING: 2**20,
+    models.FOREST: 2**20,
+    models.STRINGS: 2**20,
 }
-MOST_CHUNKS = 100
+MOST_CHUNKS = 64
 # A size that holds so much more than `adaptive` does is no match for it.
 AS_MUCH = 1.05
 QUICKLY = 8

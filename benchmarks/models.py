@@ -98,13 +98,12 @@ KINDS = (LINEAR, BOOSTING, FOREST, STRINGS, TEXT)
 
 def publish(settings: Settings, *kinds: Kind) -> None:
     """Makes the buckets, and stores the models in dev, each as its version v1."""
-    anyio.run(_publish, settings, kinds)
+    anyio.run(_publish, settings, {kind.name: pickle.dumps(kind.fitted()) for kind in kinds})
 
 
-async def _publish(settings: Settings, kinds: tuple[Kind, ...]) -> None:
+async def _publish(settings: Settings, pickles: dict[str, bytes]) -> None:
     async with open_clients(settings) as clients:
         await make_places(clients, settings)
-        for kind in kinds:
-            data = pickle.dumps(kind.fitted())
-            path = f"{kind.name}/v1/model.pkl"
+        for name, data in pickles.items():
+            path = f"{name}/v1/model.pkl"
             await write_blob(clients.objects, settings.gcs_bucket_models_dev, path, data)

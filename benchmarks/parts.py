@@ -23,21 +23,20 @@ from dataclasses import asdict, astuple, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from itertools import cycle
-from typing import Any
+from typing import Any, get_args
 
 import anyio
 import pyarrow as pa
 from anyio.abc import TaskGroup
-from google.cloud.bigquery_storage_v1 import types
 
 from benchmarks import models, tables
 from benchmarks.models import Kind
 from benchmarks.storage_server import ROOT, Synthetic
 from mlsys.append import AppendLimits, append_stream, create_stream
 from mlsys.clients import Clients, open_clients
-from mlsys.local import LocalServers
-from mlsys.read import ReadSession, read_stream
-from mlsys.settings import Settings
+from mlsys.local import PROJECT, LocalServers
+from mlsys.read import ReadSession, open_session, read_stream
+from mlsys.settings import Compression, Settings
 from service.contract import PredictRequest
 from service.memory import reuse_memory
 from service.model import ModelCache
@@ -48,8 +47,7 @@ from service.threads import Threads
 
 PARTS = ("read", "predict", "append")
 AT_ONCE = "+".join(PARTS)
-UNCOMPRESSED = "none"
-CODECS = (UNCOMPRESSED, "LZ4_FRAME", "ZSTD")
+CODECS = get_args(Compression)
 _WARM_UP_ROWS = 50_000
 # Of which the results to be appended are made, before the clock starts.
 _CHUNKS = 8
@@ -84,7 +82,7 @@ def alone(
     """Measures parts one after the other, in a fresh process.
 
     Args:
-        parts: their names; `read:ZSTD` is reading rows that come compressed so (`CODECS`), and
+        parts: their names; `read:zstd` is reading rows that come compressed so (`CODECS`), and
             `AT_ONCE` is all of them side by side, so many rows each.
     """
     env = os.environ | {"PYTHONPATH": str(ROOT)} | synthetic.servers.env
@@ -117,7 +115,7 @@ async def measure(kind: Kind, rows: int, parts: Sequence[str]) -> dict[str, Part
             name, _, codec = part.partition(":")
             job = await _job(synthetic, kind, rows, clients, cache, settings)
             job = replace(job, sizes=first.sizes)
-            session = await _session(clients, job, settings, codec or UNCOMPRESSED)
+            session = await _session(clients, job, settings, codec) if codec else job.session
             return await _WORK[name](job, session, rows, clients, settings)
 
         async def at_once(parts: str, rows: int) -> Callable[[], Awaitable[None]]:
@@ -179,23 +177,18 @@ async def _job(
     )
 
 
-async def _session(clients: Clients, job: Job, settings: Settings, codec: str) -> ReadSession:
-    """The job's session; or one like it, whose rows come compressed."""
-    if codec == UNCOMPRESSED:
-        return job.session
-    message = types.CreateReadSessionRequest.pb()(
-        parent=f"projects/{settings.gcp_project_id}", max_stream_count=settings.read_streams
+async def _session(
+    clients: Clients, job: Job, settings: Settings, compression: Compression
+) -> ReadSession:
+    """One like the job's, whose rows come compressed."""
+    return await open_session(
+        clients.storage,
+        job.plan.input,
+        project=PROJECT,
+        columns=job.plan.columns.read,
+        max_streams=settings.read_streams,
+        compression=compression,
     )
-    message.read_session.table = job.plan.input.resource
-    message.read_session.data_format = types.DataFormat.ARROW
-    options = message.read_session.read_options
-    options.selected_fields.extend(job.plan.columns.read)
-    options.arrow_serialization_options.buffer_compression = (
-        types.ArrowSerializationOptions.CompressionCodec[codec]
-    )
-    told = await clients.storage.create_read_session(message)
-    streams = tuple(stream.name for stream in told.streams)
-    return ReadSession(job.session.table, job.session.schema, streams)
 
 
 async def _reading(
@@ -347,7 +340,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("kind", choices=[kind.name for kind in models.KINDS])
     parser.add_argument("rows", type=int)
-    parser.add_argument("parts", nargs="*", default=PARTS, help=f"{', '.join(PARTS)}, read:ZSTD…")
+    parser.add_argument("parts", nargs="*", default=PARTS, help=f"{', '.join(PARTS)}, read:zstd…")
     options = parser.parse_args()
     [kind] = [kind for kind in models.KINDS if kind.name == options.kind]
     parts = anyio.run(measure, kind, options.rows, options.parts)

@@ -10,12 +10,13 @@ RunInference on its direct runner, with a chunk of rows as its element, and with
 has it. The others run in an environment of their own, which this script makes out of the dependency
 group `peers` where it is missing: see `benchmarks/contestants.py`.
 
-Each measurement is of fresh processes, the ways take turns, and a figure is the median of the
-rounds. Seconds are those of the job, from the first call to the last row committed: no imports, no
-start of a service or of Ray and its workers. Memory is the most that the processes of a way hold
-together, shared pages counted once, the interpreter and all libraries with it, the local server
-without. Ray and Beam are given fewer rows, so that all of it takes minutes; their rows a second are
-compared, and their memory at fewer rows with that of the service at more.
+Each measurement is of fresh processes. The service and the whole table take turns, and a figure is
+the median of their rounds; the others, and 20 million rows, take long and run once. Seconds are
+those of the job, from the first call to the last row committed: no imports, no start of a service
+or of Ray and its workers. Memory is the most that the processes of a way hold together, shared
+pages counted once, the interpreter and all libraries with it, the local server without. Ray and
+Beam are given fewer rows, and so is the service once more beside them: what a job costs however few
+rows it has weighs more there. Its memory is that at more rows.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -255,7 +256,7 @@ def environment() -> Path:
 
 @dataclass(frozen=True)
 class Plan:
-    """Rows, and rounds for the two and the model that are compared most closely."""
+    """How many rows each way gets, and rounds of the two that are compared most closely."""
 
     rows: int
     peer_rows: int
@@ -265,18 +266,20 @@ class Plan:
 
     def cases(self, kind: Kind, ways: Sequence[str]) -> Iterator[tuple[str, int]]:
         """Ways and rows, in the order in which they are measured."""
-        # The linear model's jobs take seconds, and differ by a fifth from one to the next.
-        for number in range(1 if kind is models.FOREST else self.rounds):
+        # Jobs of seconds differ by a fifth from one to the next.
+        for number in range(self.rounds):
             yield from ((way, self.rows) for way in _turn((SERVICE, WHOLE), number) if way in ways)
         for way, rows in (
             (WHOLE_ONCE, self.rows),
+            (SERVICE, self.peer_rows),
             (RAY, self.peer_rows),
             (BEAM, self.peer_rows),
+            (SERVICE, self.row_rows),
             (BEAM_ROWS, self.row_rows),
         ):
             # Row by row a forest takes too long; a linear model is asked once in any case.
-            left_out = BEAM_ROWS if kind is models.FOREST else WHOLE_ONCE
-            if way in ways and way != left_out:
+            left_out = rows == self.row_rows if kind is models.FOREST else way == WHOLE_ONCE
+            if way in ways and not left_out:
                 yield way, rows
 
 
@@ -290,8 +293,12 @@ def main() -> None:
     plan = Plan(options.rows, options.peer_rows, options.row_rows, options.large, options.rounds)
     if options.quick:
         plan = Plan(100_000, 20_000, 5_000, 200_000, 1)
-    report = Report("peers", "A table, a model, a table, by several means", options.quick)
-    report.notes.append(f"Sizes: {asdict(plan)}. Ray and Beam run once each, at fewer rows.")
+    partly = options.quick or set(ways) != set(WAYS)
+    report = Report("peers", "A table, a model, a table, by several means", partly)
+    report.notes.append(
+        f"`service` and `whole` at {plan.rows:,} rows: medians of {plan.rounds} rounds by turns. "
+        "All others ran once."
+    )
     with opened(ways) as bench:
         for way in (SERVICE, WHOLE):
             if way in ways:  # The first who come would pay for what the local server imports.
@@ -300,11 +307,11 @@ def main() -> None:
             kind.name: _measure(bench, report, kind, plan.cases(kind, ways))
             for kind in (models.LINEAR, models.FOREST)
         }
-        large = {}
         if plan.large_rows:
             pairs = ((way, plan.large_rows) for way in (SERVICE, WHOLE) if way in ways)
-            large = _measure(bench, report, models.LINEAR, pairs)
-    _check(report, medians, large, plan)
+            medians[models.LINEAR.name] |= _measure(bench, report, models.LINEAR, pairs)
+    for kind, found in medians.items():
+        _check(report, kind, found, plan)
     report.save(lambda figure: _draw(report, figure, plan))
 
 
@@ -322,12 +329,12 @@ def _arguments() -> argparse.Namespace:
 
 def _measure(
     bench: Bench, report: Report, kind: Kind, cases: Iterator[tuple[str, int]]
-) -> dict[str, Measured]:
-    found: dict[str, list[Measured]] = {}
+) -> dict[tuple[str, int], Measured]:
+    found: dict[tuple[str, int], list[Measured]] = {}
     for way, rows in cases:
-        found.setdefault(way, []).append(bench.measure(way, kind, rows))
-    medians = {way: _median(each) for way, each in found.items()}
-    for way, median in medians.items():
+        found.setdefault((way, rows), []).append(bench.measure(way, kind, rows))
+    medians = {case: _median(each) for case, each in found.items()}
+    for (way, _), median in medians.items():
         report.add(
             way=way,
             model=kind.title,
@@ -347,29 +354,24 @@ def _median(each: Sequence[Measured]) -> Measured:
     )
 
 
-def _check(
-    report: Report,
-    medians: dict[str, dict[str, Measured]],
-    large: dict[str, Measured],
-    plan: Plan,
-) -> None:
-    for kind, found in medians.items():
-        if SERVICE not in found:
+def _check(report: Report, kind: str, found: dict[tuple[str, int], Measured], plan: Plan) -> None:
+    """Holds each way against the service: rows a second of as many rows, memory of the most."""
+    held = max((one.peak_mib for (way, _), one in found.items() if way == SERVICE), default=0)
+    for (way, rows), other in found.items():
+        if way == SERVICE or (SERVICE, rows) not in found:
             continue
-        ours = found[SERVICE]
-        for way, other in found.items():
-            if way == SERVICE:
-                continue
-            least = LEAST[kind] if way == WHOLE else 1.0
-            report.check(f"{kind}: times as fast as {way}", ours.rate / other.rate, least=least)
-            most = MOST_MEMORY if way == WHOLE else 1.0
-            report.check(
-                f"{kind}: its memory, of {way}'s", ours.peak_mib / other.peak_mib, most=most
-            )
-    if {SERVICE, WHOLE} <= large.keys():
-        ratio = large[SERVICE].peak_mib / large[WHOLE].peak_mib
-        what = f"linear, {plan.large_rows:,} rows: its memory, of whole's"
-        report.check(what, ratio, most=MOST_MEMORY_LARGE)
+        times = found[SERVICE, rows].rate / other.rate
+        memory = held / other.peak_mib
+        if rows == plan.large_rows:
+            what = f"{kind}, {rows:,} rows: times as fast as {way}"
+            report.check(what, times, least=1.0)
+            what = f"{kind}, {rows:,} rows: its memory, of {way}'s"
+            report.check(what, memory, most=MOST_MEMORY_LARGE)
+            continue
+        least = LEAST[kind] if way == WHOLE else 1.0
+        report.check(f"{kind}: times as fast as {way}", times, least=least)
+        most = MOST_MEMORY if way == WHOLE else 1.0
+        report.check(f"{kind}: its memory, of {way}'s", memory, most=most)
 
 
 def _draw(report: Report, figure: Figure, plan: Plan) -> None:
@@ -380,14 +382,15 @@ def _draw(report: Report, figure: Figure, plan: Plan) -> None:
         first = axes = figure.add_subplot(len(kinds), 1, place + 1, sharex=first)
         rows = [row for row in told if row["model"] == kind]
         rates = [row["rows_per_second"] for row in rows]
-        held = axes.barh([row["way"].replace("_", " ") for row in rows], rates)
+        names = [f"{row['way']}, {row['rows'] / 1e6:g} M".replace("_", " ") for row in rows]
+        held = axes.barh(names, rates)
         axes.bar_label(held, [f"{rate:,.0f}" for rate in rates], padding=3, fontsize=9)
         axes.invert_yaxis()
         axes.set(title=kind, xscale="log")
         axes.tick_params(labelbottom=place == len(kinds) - 1)
     # Room for the figure at the end of the longest bar.
     axes.set_xlim(1000, 4 * max(row["rows_per_second"] for row in told))
-    axes.set_xlabel("rows a second, log scale")
+    axes.set_xlabel("rows a second, log scale; of so many million rows")
 
 
 if __name__ == "__main__":

@@ -229,7 +229,10 @@ def _tell(report: Report, health: dict[str, list[Started]], runs: list[dict[str,
     pairs = zip(health[OURS], health[BARE_APP], strict=True)
     ratio = statistics.median(ours.health_seconds / bare.health_seconds for ours, bare in pairs)
     report.check("/health, beside a bare application", ratio, most=MOST_RATIO)
-    report.notes.append(f"Medians of {len(runs)} rounds by turns, each start a fresh process.")
+    report.notes.append(
+        f"Medians of {len(runs)} rounds by turns, each start a fresh process; the median of the "
+        "rounds' ratios."
+    )
 
 
 def _spread(values: list[float]) -> dict[str, float]:

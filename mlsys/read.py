@@ -20,9 +20,17 @@ from mlsys.clients import StorageApi, routing, vendor_errors
 from mlsys.errors import IntegrityError, InvalidRequest, NotFound
 from mlsys.names import TableRef
 from mlsys.retry import Silence, resuming, retrying
+from mlsys.settings import Compression
 from mlsys.tasks import task_group
 
 _CREATE_SECONDS = 120
+
+_CODEC = types.ArrowSerializationOptions.CompressionCodec
+_CODECS = {
+    "none": _CODEC.COMPRESSION_UNSPECIFIED,
+    "lz4": _CODEC.LZ4_FRAME,
+    "zstd": _CODEC.ZSTD,
+}
 
 # What a stream of a session that has expired is answered, 6 hours after it was opened or later.
 _OVER = grpc.StatusCode.FAILED_PRECONDITION
@@ -46,6 +54,7 @@ async def open_session(
     where: str | None = None,
     max_streams: int = 1,
     snapshot_time: datetime | None = None,
+    compression: Compression = "none",
     retry_seconds: float = 60,
 ) -> ReadSession:
     """Opens a read session.
@@ -56,6 +65,7 @@ async def open_session(
         where: a row filter in SQL, applied by the server.
         max_streams: BigQuery may give fewer, and none for a table without rows.
         snapshot_time: the moment of the table to read; None: now.
+        compression: of the columns of each batch, which Arrow undoes as it is read.
 
     Raises:
         NotFound, AccessDenied, Unavailable: as the names say.
@@ -66,8 +76,10 @@ async def open_session(
     )
     message.read_session.table = table.resource
     message.read_session.data_format = types.DataFormat.ARROW
-    message.read_session.read_options.selected_fields.extend(columns)
-    message.read_session.read_options.row_restriction = where or ""
+    options = message.read_session.read_options
+    options.selected_fields.extend(columns)
+    options.row_restriction = where or ""
+    options.arrow_serialization_options.buffer_compression = _CODECS[compression]
     if snapshot_time is not None:
         message.read_session.table_modifiers.snapshot_time.FromDatetime(snapshot_time)
     headers = routing(**{"read_session.table": table.resource})

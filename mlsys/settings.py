@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -14,6 +14,8 @@ MIB = 1024 * 1024
 
 # BigQuery refuses an AppendRows request over 10 MB; a request carries a header beside its rows.
 LARGEST_APPEND = 9 * MIB
+
+Compression = Literal["none", "lz4", "zstd"]
 
 
 class Settings(BaseSettings):
@@ -44,6 +46,9 @@ class Settings(BaseSettings):
         default_factory=lambda: max(2, os.cpu_count() or 1),
         le=1000,
         description="Most read streams a run asks for; each holds up to three messages in memory",
+    )
+    read_compression: Compression = Field(
+        "none", description="How rows come from BigQuery: for networks that are slower than a core"
     )
     chunk_rows: PositiveInt | None = Field(
         None, description="Rows a predict call gets by default; unset: found out in each run"

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pytest
 import stamina.instrumentation
 from anyio.abc import ObjectReceiveStream
+from google.cloud.bigquery_storage_v1 import types
 
 from mlsys.clients import Clients, StorageApi
 from mlsys.errors import AccessDenied, InvalidRequest, NotFound, Unavailable
@@ -324,7 +325,12 @@ async def test_the_session_asks_for_what_was_asked_for(
     at = datetime(2026, 3, 1, 12, tzinfo=UTC)
     server.sources |= {"s/0": [], "s/1": []}
     session = await session_of(
-        api, columns=["b", "a"], where="a > 1", max_streams=7, snapshot_time=at
+        api,
+        columns=["b", "a"],
+        where="a > 1",
+        max_streams=7,
+        snapshot_time=at,
+        compression="zstd",
     )
 
     [call] = server.of("CreateReadSession")
@@ -334,6 +340,8 @@ async def test_the_session_asks_for_what_was_asked_for(
     assert asked.read_session.table == TABLE.resource
     assert list(asked.read_session.read_options.selected_fields) == ["b", "a"]
     assert asked.read_session.read_options.row_restriction == "a > 1"
+    codec = asked.read_session.read_options.arrow_serialization_options.buffer_compression
+    assert codec == types.ArrowSerializationOptions.CompressionCodec.ZSTD
     snapshot = asked.read_session.table_modifiers.snapshot_time
     assert snapshot.ToDatetime(tzinfo=UTC) == at
     assert call.metadata["x-goog-request-params"] == f"read_session.table={TABLE.resource}"
