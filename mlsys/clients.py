@@ -220,6 +220,16 @@ def _channel(settings: Settings, credentials: Credentials) -> grpc.aio.Channel:
     )
 
 
+class SharedToken(Token):
+    """An access token that one task fetches for all who wait for it.
+
+    The client cancels that task with whoever is cancelled first, and then nobody else gets one.
+    """
+
+    async def ensure_token(self) -> None:
+        await asyncio.shield(super().ensure_token())
+
+
 class _Objects(Storage):
     """Cloud Storage, each call tried again for as long as `retry_seconds` where that may help.
 
@@ -250,7 +260,7 @@ class _Objects(Storage):
 @asynccontextmanager
 async def _objects(settings: Settings, session: aiohttp.ClientSession) -> AsyncIterator[Storage]:
     host = settings.storage_emulator_host
-    async with Token(session=session, scopes=SCOPES) as token:
+    async with SharedToken(session=session, scopes=SCOPES) as token:
         yield _Objects(
             settings.retry_seconds,
             session=session,

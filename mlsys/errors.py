@@ -58,6 +58,13 @@ class TableMismatch(MlsysError):
 class RunMismatch(MlsysError):
     """A run id was used with other parameters before."""
 
+    @classmethod
+    def of(cls, run_id: str) -> RunMismatch:
+        """The error, with what to do about it."""
+        return cls(
+            f"The run {run_id} has other parameters. Repeat it with those, or use another run_id."
+        )
+
 
 class _TryAgain(MlsysError):
     def __init__(self, message: str, *, retry_after: float = 5, **members: object) -> None:

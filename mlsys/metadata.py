@@ -123,7 +123,7 @@ def golden_mismatch(model: Any, metadata: ModelMetadata, frame: FrameKind) -> st
         return "its golden rows in metadata.json can't be read"
     try:
         predictions, probabilities = _answers(model, to_frame(rows, frame))
-    except Exception as error:  # A model may raise anything at all.
+    except BaseException as error:  # A model may raise anything; a panic in Rust is no Exception.
         return f"it raises {type(error).__name__}"
     if wrong := _count_differing(golden.predictions, predictions):
         return f"{wrong} of {len(golden.rows)} predictions differ"

@@ -21,7 +21,14 @@ from cachetools import LRUCache
 from gcloud.aio.storage import Storage
 from pydantic import ValidationError
 
-from mlsys.errors import ModelUnusable, NotFound, OutOfMemory, redacted
+from mlsys.errors import (
+    InvalidRequest,
+    ModelUnusable,
+    NotFound,
+    OutOfMemory,
+    Unavailable,
+    redacted,
+)
 from mlsys.frame import FrameKind
 from mlsys.gcs import Blob, find_blob, list_blobs, read_blob
 from mlsys.metadata import ModelMetadata, golden_mismatch
@@ -49,13 +56,14 @@ _importing = threading.Lock()
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded model: the estimator, its metadata, and exactly which object it came from."""
+    """A loaded model: the estimator, its metadata, and exactly which objects they came from."""
 
     name: str
     version: str
     blob: Blob
     estimator: Any
     metadata: ModelMetadata
+    metadata_blob: Blob | None
 
     @property
     def uri(self) -> str:
@@ -169,6 +177,8 @@ class ModelCache:
         except Exception as error:
             loading.error = error
         finally:
+            if loading.estimator is None and loading.error is None:
+                loading.error = Unavailable("The model was not loaded: the service is ending.")
             del self._loads[blob]
             loading.done.set()
 
@@ -181,12 +191,14 @@ async def load_model(
     name: str,
     version: str,
     pinned: Blob | None = None,
+    pinned_metadata: Blob | None = None,
 ) -> Model:
     """Finds a model and loads it, unless the cache has that generation of it.
 
     Args:
         version: `v3`, or `latest` for the highest that has a model.pkl.
         pinned: the generation of that version to load; None: the one that is there now.
+        pinned_metadata: the same of its metadata.json.
 
     Raises:
         NotFound: there is no such model or version; those there are, are named.
@@ -201,7 +213,15 @@ async def load_model(
         found["blob"] = pinned or await find_blob(objects, bucket, artifact_path(name, version))
 
     async def read_metadata() -> None:
-        found["metadata"] = await _metadata(objects, bucket, name, version)
+        there = pinned_metadata or await find_blob(
+            objects, bucket, artifact_path(name, version, METADATA_FILE)
+        )
+        found["metadata_blob"] = there
+        found["metadata"] = (
+            ModelMetadata()
+            if there is None
+            else await _metadata(objects, there, pinned=pinned_metadata is not None)
+        )
 
     async with task_group() as tasks:
         tasks.start_soon(find)
@@ -214,7 +234,7 @@ async def load_model(
         return await load_estimator(objects, blob, found["metadata"], pinned=pinned is not None)
 
     estimator = await cache.get(found["blob"], load)
-    return Model(name, version, found["blob"], estimator, found["metadata"])
+    return Model(name, version, found["blob"], estimator, found["metadata"], found["metadata_blob"])
 
 
 async def load_estimator(
@@ -226,7 +246,7 @@ async def load_estimator(
         ModelUnusable: it is another file than its metadata tells of, it can't be unpickled here,
             or answers otherwise than where it was trained.
     """
-    data = await read_blob(objects, blob, pinned=pinned)
+    data = await _read(objects, blob, pinned=pinned)
     return await anyio.to_thread.run_sync(_unpickle, data, blob, metadata)
 
 
@@ -252,19 +272,23 @@ async def _missing(objects: Storage, bucket: str, name: str, version: str) -> st
     )
 
 
-async def _metadata(objects: Storage, bucket: str, name: str, version: str) -> ModelMetadata:
-    blob = await find_blob(objects, bucket, artifact_path(name, version, METADATA_FILE))
-    if blob is None:
-        return ModelMetadata()
+async def _metadata(objects: Storage, blob: Blob, *, pinned: bool) -> ModelMetadata:
     try:
-        return ModelMetadata.model_validate_json(await read_blob(objects, blob))
+        return ModelMetadata.model_validate_json(await _read(objects, blob, pinned=pinned))
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"]))
         raise ModelUnusable(
-            f"gs://{bucket}/{blob.path} can't be used: {where} {first['msg']}. Mend it and "
+            f"gs://{blob.bucket}/{blob.path} can't be used: {where} {first['msg']}. Mend it and "
             "upload it again."
         ) from error
+
+
+async def _read(objects: Storage, blob: Blob, *, pinned: bool = False) -> bytes:
+    try:
+        return await read_blob(objects, blob, pinned=pinned)
+    except InvalidRequest as error:  # Nothing that whoever asks for a prediction could mend.
+        raise ModelUnusable(str(error)) from error
 
 
 def _unpickle(data: bytes, blob: Blob, metadata: ModelMetadata) -> Any:

@@ -93,10 +93,7 @@ def check(record: RunRecord | None, request: PredictRequest, now: datetime) -> N
     if record is None:
         return
     if record.fingerprint != fingerprint(request):
-        raise RunMismatch(
-            f"The run {record.run_id} has other parameters. Repeat it with those, or use another "
-            "run_id."
-        )
+        raise RunMismatch.of(record.run_id)
     left = (record.lease_until - now).total_seconds()
     if record.state in (RunState.RUNNING, RunState.PREPARED) and left > 0:
         raise UnderWay(

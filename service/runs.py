@@ -6,13 +6,21 @@ import math
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 
 import anyio
 import anyio.lowlevel
 import structlog
 from anyio.abc import TaskGroup
 
-from mlsys.errors import MlsysError, OutOfMemory, TooManyRuns, Unavailable, UnderWay
+from mlsys.errors import (
+    MlsysError,
+    OutOfMemory,
+    RunMismatch,
+    TooManyRuns,
+    Unavailable,
+    UnderWay,
+)
 from service.contract import PredictRequest, PredictResult, ProgressEvent
 from service.memory import Memory, told
 
@@ -47,9 +55,14 @@ class Run:
         self._clock = time.monotonic()
         self._scope = anyio.CancelScope()
 
-    def begin(self, rows_total: int | None) -> None:
-        """Takes note that the run is ours and rows begin to move."""
-        self.rows_total = rows_total
+    @property
+    def key(self) -> tuple[str, str]:
+        """What tells it from all others: each environment has ids of its own."""
+        return self.request.env, self.id
+
+    def begin(self, rows_total: int | None, rows_done: int = 0) -> None:
+        """Takes note that the run is ours and rows begin to move; of some it may be known."""
+        self.rows_total, self.rows_done = rows_total, rows_done
         self.begun.set()
 
     def advance(self, rows: int) -> None:
@@ -137,7 +150,7 @@ class Runs:
         self._most = most
         self._memory = memory
         self._spare = spare
-        self._under_way: dict[str, Run] = {}
+        self._under_way: dict[tuple[str, str], Run] = {}
         self._idle_bytes = 0
         self._watched = False
 
@@ -147,12 +160,15 @@ class Runs:
         """Starts a run that goes on by itself until it ends or is cancelled.
 
         Raises:
-            UnderWay: a run of that id is under way here.
+            UnderWay: the run is under way here.
+            RunMismatch: a run of that id is under way here, with other parameters.
             TooManyRuns: as many as may be are under way, or there is no room in memory beside
                 those that are.
         """
         run = Run(request)
-        if run.id in self._under_way:
+        if (there := self._under_way.get(run.key)) is not None:
+            if there.request != request:
+                raise RunMismatch.of(run.id)
             raise UnderWay(
                 f"The run {run.id} is under way. Ask for it again, or use another run_id."
             )
@@ -162,7 +178,7 @@ class Runs:
             )
         if self._memory is not None:
             self._check_room(self._memory)
-        self._under_way[run.id] = run
+        self._under_way[run.key] = run
         if self._memory is not None and not self._watched:
             self._watched = True
             self._tasks.start_soon(self._watch, self._memory, name="watch over memory")
@@ -171,10 +187,13 @@ class Runs:
         return run
 
     async def _keep(self, run: Run, work: Callable[[Run], Awaitable[PredictResult]]) -> None:
-        try:
-            await run.carry_out(work, self._tidy_up)
-        finally:
-            del self._under_way[run.id]
+        # The task ends here in any case. A cancellation that was meant for another, and came by way
+        # of something that both awaited, would end the runs of all.
+        with suppress(anyio.get_cancelled_exc_class()):
+            try:
+                await run.carry_out(work, self._tidy_up)
+            finally:
+                del self._under_way[run.key]
 
     async def _tidy_up(self) -> None:
         # Before the caller is told that there was no room, and sends a smaller run. A predict call
@@ -221,7 +240,9 @@ class _Watch:
         spare: see `Runs`.
     """
 
-    def __init__(self, memory: Memory, runs: Mapping[str, Run], spare: Callable[[], None]) -> None:
+    def __init__(
+        self, memory: Memory, runs: Mapping[tuple[str, str], Run], spare: Callable[[], None]
+    ) -> None:
         self._memory = memory
         self._runs = runs
         self._spare = spare

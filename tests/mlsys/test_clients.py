@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import threading
 from pathlib import Path
@@ -18,7 +19,15 @@ from google.cloud.bigquery_storage_v1 import types
 from google.oauth2 import service_account
 
 from mlsys import errors
-from mlsys.clients import SCOPES, Clients, StorageApi, open_clients, routing, vendor_errors
+from mlsys.clients import (
+    SCOPES,
+    Clients,
+    SharedToken,
+    StorageApi,
+    open_clients,
+    routing,
+    vendor_errors,
+)
 from mlsys.errors import (
     AccessDenied,
     Conflict,
@@ -454,3 +463,44 @@ async def test_a_refusal_is_repeated_in_one_short_line(
     assert str(raised.value).startswith("The query was refused: Syntax error: at [1:7] xxx")
     assert str(raised.value).isprintable()
     assert len(str(raised.value)) < 400
+
+
+@pytest.mark.anyio
+async def test_who_goes_away_while_a_token_is_fetched_takes_it_from_nobody(
+    rest: RestServer,
+) -> None:
+    asked, answer = threading.Event(), threading.Event()
+
+    def token(request: Request) -> Answer:
+        asked.set()
+        assert answer.wait(PATIENCE)
+        return 200, {"access_token": "t", "expires_in": 3600}
+
+    rest.answer = token
+    told = {
+        "type": "authorized_user",
+        "client_id": "c",
+        "client_secret": "s",  # pragma: allowlist secret
+        "refresh_token": "r",
+        "token_uri": rest.url,
+    }
+    found: list[str | None] = []
+
+    async def wait(token: SharedToken) -> None:
+        found.append(await token.get())
+
+    with anyio.fail_after(PATIENCE):
+        async with (
+            aiohttp.ClientSession() as session,
+            SharedToken(service_file=io.StringIO(json.dumps(told)), session=session) as token,
+            anyio.create_task_group() as tasks,
+        ):
+            with anyio.CancelScope() as scope:
+                async with anyio.create_task_group() as goes_away:
+                    goes_away.start_soon(wait, token)
+                    tasks.start_soon(wait, token)
+                    await anyio.to_thread.run_sync(asked.wait, PATIENCE)
+                    scope.cancel()
+            answer.set()
+
+    assert found == ["t"]

@@ -109,6 +109,10 @@ class Raises(Doubles):
         raise self.exception
 
 
+class Panic(BaseException):
+    """As a panic in Rust comes out of polars: no Exception."""
+
+
 class Warns(Doubles):
     """Warns each time."""
 

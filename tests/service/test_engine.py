@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import pickle
@@ -16,7 +17,8 @@ from mlsys.gcs import gcs_get
 from mlsys.publish import publish_model
 from mlsys.settings import Settings
 from tests.conftest import Client, Cloud
-from tests.service.support import assert_problem
+from tests.service import models
+from tests.service.support import PATIENCE, Background, assert_problem, numbers
 
 BUCKET = "mlsys-models-dev"
 FRAME = pd.DataFrame({"x": [1.0, 2.0, 3.0, 4.0]})
@@ -96,6 +98,57 @@ def test_a_verdict_stays_until_the_object_changes(
     assert first["verified"] is True
     assert again["verified"] is True
     assert changed["verified"] is False
+
+
+# As metadata.json has it of a model that doubles `x`.
+GOLDEN = {
+    "features": [{"name": "x", "type": "INT64"}],
+    "golden": {"rows": [{"x": 1}], "predictions": [2]},
+}
+
+
+def test_a_model_that_panics_at_its_golden_rows_ends_nobody_elses_run(
+    service: Client, cloud: Cloud
+) -> None:
+    gate = cloud.name("gate")
+    table = cloud.put(numbers(10))
+    gated, panics = (
+        cloud.publish(models.Gated(gate)),
+        cloud.publish(models.Raises(models.Panic()), **GOLDEN),
+    )
+    other = Background(lambda: service.predict(table, cloud.new_table(), gated))
+    assert models.event(f"{gate} entered").wait(PATIENCE)
+
+    refused = service.predict(table, cloud.new_table(), panics)
+
+    models.event(f"{gate} open").set()
+    assert_problem(refused, 500, "answers otherwise here", "it raises Panic")
+    assert other.result().status_code == 200
+
+
+def test_a_model_that_is_stored_encoded_is_told_and_keeps_no_other_from_being_registered(
+    service: Client, cloud: Cloud
+) -> None:
+    good, encoded = cloud.publish(models.Doubles(), **GOLDEN), cloud.name("m").replace("_", "-")
+    upload = cloud.clients.objects.upload
+    cloud.portal.call(
+        lambda: upload(
+            BUCKET,
+            f"{encoded}/v1/model.pkl",
+            gzip.compress(pickle.dumps(models.Doubles())),
+            content_type="application/octet-stream",
+            metadata={"contentEncoding": "gzip"},
+        )
+    )
+    cloud.upload(f"{encoded}/v1/metadata.json", json.dumps(GOLDEN).encode())
+
+    refused = service.predict(cloud.put(numbers(10)), cloud.new_table(), encoded)
+
+    assert_problem(refused, 500, "Content-Encoding gzip")
+    assert registered(service, cloud, good)["verified"] is True
+    row = registered(service, cloud, encoded)
+    assert row["verified"] is False
+    assert "Content-Encoding" in row["verification"]
 
 
 def test_a_model_without_golden_rows_is_not_asked(service: Client, cloud: Cloud) -> None:

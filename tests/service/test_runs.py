@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -10,7 +11,7 @@ from typing import Any
 import anyio
 import pytest
 
-from mlsys.errors import NotFound, TooManyRuns, Unavailable, UnderWay
+from mlsys.errors import NotFound, RunMismatch, TooManyRuns, Unavailable, UnderWay
 from service.contract import ModelUsed, PredictRequest, PredictResult
 from service.logs import configure_logging
 from service.runs import Run, Runs
@@ -210,3 +211,43 @@ async def test_all_runs_are_ended_together(let_go: anyio.Event) -> None:
         for run in both:
             await run.ended.wait()
             assert "shutting down" in str(run.error)
+
+
+async def test_each_environment_has_run_ids_of_its_own(let_go: anyio.Event) -> None:
+    async with admitting(let_go) as runs:
+        first = runs.start(request(run_id="r", env="dev"), until(let_go))
+        other = runs.start(request(run_id="r", env="staging"), until(let_go))
+
+        let_go.set()
+        await first.ended.wait()
+        await other.ended.wait()
+    assert first.error is other.error is None
+
+
+async def test_the_same_name_with_other_parameters_is_another_run(let_go: anyio.Event) -> None:
+    async with admitting(let_go) as runs:
+        runs.start(request(run_id="r", where="x > 1"), until(let_go))
+
+        with pytest.raises(RunMismatch, match="The run r has other parameters"):
+            runs.start(request(run_id="r", where="x > 2"), until(let_go))
+
+
+async def test_a_cancellation_that_strays_into_a_run_ends_no_other(let_go: anyio.Event) -> None:
+    shared = asyncio.ensure_future(asyncio.sleep(PATIENCE))
+
+    async def wait_for_it(run: Run) -> PredictResult:
+        await shared
+        return result(1)
+
+    async with admitting(let_go) as runs:
+        stray, other = runs.start(request(), wait_for_it), runs.start(request(), until(let_go))
+        await anyio.wait_all_tasks_blocked()
+        shared.cancel()  # As a client's task that several await is, with the first of them.
+
+        await stray.ended.wait()
+        third = runs.start(request(), until(let_go))
+        let_go.set()
+        await other.ended.wait()
+        await third.ended.wait()
+    assert isinstance(stray.error, Unavailable)
+    assert other.result.rows == third.result.rows == 1
