@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from threading import Thread
+from threading import Lock, Thread
 
 import anyio
 import pyarrow as pa
@@ -37,6 +37,9 @@ _HALF_ROWS = 2
 _FIRST_ROWS = 256
 _KNOCK_SECONDS = 0.0005
 _PUT_OFF_SECONDS = 1.0
+# The switching is the process's: one trial at a time puts it off, and no other waits forever.
+_putting_off = Lock()
+_TURN_SECONDS = 5
 # What a further thread has to bring, at least, in parts of a core.
 _HELPS = 0.35
 
@@ -96,7 +99,7 @@ def _tried(predictor: Callable[[pa.Table], object], sample: pa.Table, rows: int)
 
 
 def _measure(predictor: Callable[[pa.Table], object], sample: pa.Table, rows: int) -> Trial | None:
-    """Times calls of the model; None where the table is not worth it, or too few rows are there."""
+    """Times calls of the model; None where nothing can be told, or the table is not worth it."""
     threads = Threads(1)
     chunk = sample.slice(0, 1)
     call = partial(threads.call, lambda: predictor(chunk))
@@ -113,7 +116,12 @@ def _measure(predictor: Callable[[pa.Table], object], sample: pa.Table, rows: in
     row_seconds = (seconds - fixed) / chunk.num_rows
     if seconds < _HALF_ROWS * fixed or rows * row_seconds < _PAYS_SECONDS:
         return None
-    return Trial(row_seconds, _shared(call))
+    if not _putting_off.acquire(timeout=_TURN_SECONDS):
+        return None
+    try:
+        return Trial(row_seconds, _shared(call))
+    finally:
+        _putting_off.release()
 
 
 def _core_seconds(call: Callable[[], object]) -> float:

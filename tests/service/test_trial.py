@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from hashlib import pbkdf2_hmac
 
@@ -97,3 +98,17 @@ async def test_small_tables_are_not_worth_a_trial() -> None:
 
     assert not await bound(tried.append, batch(10), rows=1000)
     assert not tried
+
+
+async def test_trials_at_once_leave_the_interpreter_as_it_was() -> None:
+    before = sys.getswitchinterval()
+
+    def both(rows: pa.Table) -> None:
+        time.sleep(0.03)  # Lets the other trial begin, and end after this one.
+        work(1e-4 * len(rows))
+
+    async with anyio.create_task_group() as tasks:
+        for _ in range(3):
+            tasks.start_soon(bound, both, batch(500))
+
+    assert sys.getswitchinterval() == before
