@@ -231,10 +231,18 @@ async def _table_source(
         table,
         project=settings.gcp_project_id or table.project,
         max_streams=max_streams,
+        compression=settings.read_compression,
         retry_seconds=settings.retry_seconds,
     )
     streams = (
-        partial(read_stream, clients.storage, session, name, retry_seconds=settings.retry_seconds)
+        partial(
+            read_stream,
+            clients.storage,
+            session,
+            name,
+            retry_seconds=settings.retry_seconds,
+            silence_seconds=settings.silence_seconds,
+        )
         for name in session.streams
     )
     return _Source(session.schema, rows, tuple(streams))
@@ -446,7 +454,10 @@ async def _append(
     if not data.num_rows:
         return
     limits = AppendLimits(
-        settings.append_request_bytes, settings.append_unacked_bytes, settings.retry_seconds
+        settings.append_request_bytes,
+        settings.append_unacked_bytes,
+        settings.retry_seconds,
+        settings.silence_seconds,
     )
     stream = await create_stream(clients.storage, ref, retry_seconds=settings.retry_seconds)
     source, batches = anyio.create_memory_object_stream[pa.RecordBatch](0)

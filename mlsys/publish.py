@@ -116,7 +116,8 @@ def publish_model(
         }
     )
     now = {"trained_at": datetime.now(UTC)}
-    told = ModelMetadata.model_validate(now | dict(metadata or {}) | facts)
+    known = {name: fact for name, fact in facts.items() if fact is not None}
+    told = ModelMetadata.model_validate(now | dict(metadata or {}) | known)
     text = told.model_dump_json(indent=2, exclude_none=True, fallback=without_numpy).encode()
     with blocking(settings) as (loop, clients, chosen):
         bucket = chosen.model_bucket(Environment(env))

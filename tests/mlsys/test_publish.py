@@ -139,6 +139,19 @@ def test_the_registry_is_told_who_publishes(
     assert row["uploader"] == getpass.getuser()
 
 
+def test_what_is_told_of_a_model_that_tells_nothing_of_itself_is_kept(
+    settings: Settings, name: str
+) -> None:
+    bare = LinearRegression().fit([[0.0], [1.0]], [0.0, 1.0])
+    publish_model(
+        bare, name, metadata={"features": ["a"], "metrics": {"r2": 1.0}}, settings=settings
+    )
+
+    _, metadata = stored(settings, name, "v1")
+    assert metadata["features"] == ["a"]
+    assert metadata["metrics"] == {"r2": 1.0}
+
+
 def test_without_rows_a_model_is_stored_with_what_it_tells_of_itself(
     service: Client, cloud: Cloud, settings: Settings, name: str, model: LinearRegression
 ) -> None:
