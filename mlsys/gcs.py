@@ -91,11 +91,14 @@ async def find_blob(objects: Storage, bucket: str, path: str) -> Blob | None:
             raise
 
 
-async def read_blob(objects: Storage, blob: Blob, *, pinned: bool = False) -> bytes:
+async def read_blob(
+    objects: Storage, blob: Blob, *, pinned: bool = False, try_seconds: float = _TRANSFER_SECONDS
+) -> bytes:
     """Downloads an object and checks that it is the generation that was looked up.
 
     Args:
         pinned: ask for that generation, which a versioned bucket has though it was replaced.
+        try_seconds: how long a try may take.
 
     Raises:
         NotFound: the object, or that generation of it, is gone.
@@ -109,7 +112,7 @@ async def read_blob(objects: Storage, blob: Blob, *, pinned: bool = False) -> by
             "what arrives can't be checked. Upload it without."
         )
     with vendor_errors(f"gs://{blob.bucket}/{blob.path}"):
-        data = await _download(objects, blob, pinned)
+        data = await _download(objects, blob, pinned, try_seconds)
     if crc32c(data) != blob.crc32c:
         raise Changed(
             f"gs://{blob.bucket}/{blob.path} changed while it was read. Try again.", retry_after=1
@@ -117,12 +120,12 @@ async def read_blob(objects: Storage, blob: Blob, *, pinned: bool = False) -> by
     return data
 
 
-async def _download(objects: Storage, blob: Blob, pinned: bool) -> bytes:
+async def _download(objects: Storage, blob: Blob, pinned: bool, try_seconds: float) -> bytes:
     if not pinned:
-        return await objects.download(blob.bucket, blob.path, timeout=_TRANSFER_SECONDS)
+        return await objects.download(blob.bucket, blob.path, timeout=try_seconds)
     # The client's public call takes no generation.
     params = {"alt": "media", "generation": str(blob.generation)}
-    return await objects._download(blob.bucket, blob.path, params=params, timeout=_TRANSFER_SECONDS)
+    return await objects._download(blob.bucket, blob.path, params=params, timeout=try_seconds)
 
 
 def crc32c(data: bytes) -> str:
@@ -152,6 +155,7 @@ async def write_blob(
     *,
     if_generation: int | None = None,
     labels: Mapping[str, str] | None = None,
+    try_seconds: float = _TRANSFER_SECONDS,
 ) -> Blob:
     """Stores `data` as a new generation of an object.
 
@@ -162,6 +166,7 @@ async def write_blob(
         if_generation: store it only in the place of that generation; 0: only where there is no
             such object yet.
         labels: custom metadata of the object.
+        try_seconds: how long a try may take.
 
     Raises:
         Conflict: it has another generation.
@@ -179,7 +184,7 @@ async def write_blob(
                 metadata={"Content-Type": content_type, "metadata": dict(labels or {})},
                 force_resumable_upload=False,
                 parameters=condition,
-                timeout=_TRANSFER_SECONDS,
+                timeout=try_seconds,
             )
     except Conflict:
         there = await find_blob(objects, bucket, path)

@@ -10,7 +10,14 @@ import anyio
 import structlog
 
 from mlsys.clients import Clients, open_clients
-from mlsys.errors import AccessDenied, MlsysError, ModelUnusable, NotFound, Unavailable
+from mlsys.errors import (
+    AccessDenied,
+    MlsysError,
+    ModelUnusable,
+    NotFound,
+    Unavailable,
+    UnderWay,
+)
 from mlsys.names import Environment, TableRef, shown
 from mlsys.settings import Settings
 from mlsys.tasks import task_group
@@ -38,15 +45,26 @@ _log = structlog.get_logger(__name__)
 
 
 class Engine:
-    """The clients, the models and the runs of one process."""
+    """The clients, the models and the runs of one process.
 
-    def __init__(self, settings: Settings, runs: Runs, models: ModelCache, memory: Memory) -> None:
+    Args:
+        opened: where clients are opened, and closed by whoever made it.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        runs: Runs,
+        models: ModelCache,
+        memory: Memory,
+        opened: AsyncExitStack,
+    ) -> None:
         self.settings = settings
         self.runs = runs
         self.memory = memory
         self.models = models
         self.limiter = anyio.CapacityLimiter(settings.predict_threads)
-        self._open = AsyncExitStack()
+        self._opened = opened
         self._opening = anyio.Lock()
         self._clients: Clients | None = None
         self._looks = 0
@@ -70,7 +88,7 @@ class Engine:
 
     async def _look(self) -> Clients:
         try:
-            return await self._open.enter_async_context(open_clients(self.settings))
+            return await self._opened.enter_async_context(open_clients(self.settings))
         except MlsysError as error:
             self._looks += 1
             self._refusal = error
@@ -84,10 +102,6 @@ class Engine:
             _log.warning("clients not opened yet", detail=str(error))
         except Exception as error:
             _log.error("clients not opened yet", exc_info=error)
-
-    async def close(self) -> None:
-        """Closes what was opened."""
-        await self._open.aclose()
 
     def check_env(self, env: Environment) -> None:
         """Raises AccessDenied where this deployment answers for another environment."""
@@ -157,13 +171,19 @@ class Engine:
         if own is not None:
             self.check_env(own)
         clients = await self.clients()
-        wanted = [own] if own else list(Environment)
-        return [Journal(clients.objects, self.settings.runs_bucket(each)) for each in wanted]
+        return [self._journal(clients, each) for each in ([own] if own else Environment)]
+
+    def _journal(self, clients: Clients, env: Environment) -> Journal:
+        return Journal(
+            clients.objects,
+            self.settings.runs_bucket(env),
+            try_seconds=self.settings.lease_seconds / 3,
+        )
 
     async def _work(self, run: Run) -> PredictResult:
         clients = await self.clients()
         return await write_once(
-            Journal(clients.objects, self.settings.runs_bucket(run.request.env)),
+            self._journal(clients, run.request.env),
             _Prediction(self, clients, run),
             run.request,
             run.id,
@@ -208,10 +228,12 @@ class _Prediction:
             snapshot_time=datetime.now(UTC),
             model_version=job.model.version,
             model=job.model.blob,
+            metadata=job.model.metadata_blob,
         )
 
     def begun(self, record: RunRecord) -> None:
-        self._run.begin(record.rows_total)
+        # Those of a record that is to be committed; a new attempt counts anew.
+        self._run.begin(record.rows_total, record.rows or 0)
 
     async def append(self) -> tuple[tuple[str, ...], int]:
         return await append(
@@ -277,18 +299,29 @@ class _Prediction:
 async def open_engine(settings: Settings) -> AsyncIterator[Engine]:
     """An engine for as long as the block lasts; at its end, what still runs is ended."""
     reuse_memory()
-    async with task_group() as tasks:
+    # What was opened is closed when all runs have ended: a commit under way is seen through, and
+    # one that was cut off leaves word of it in the journal.
+    async with _closed_by_all_means() as opened, task_group() as tasks:
         memory = Memory.of(settings)
         models = ModelCache(settings.model_cache_bytes, tasks, memory)
         runs = Runs(tasks, settings.max_runs, memory, spare=models.clear)
-        engine = Engine(settings, runs, models, memory)
+        engine = Engine(settings, runs, models, memory, opened)
         tasks.start_soon(engine.warm_up)
         try:
             yield engine
         finally:
             tasks.cancel_scope.cancel()
-            with anyio.CancelScope(shield=True):
-                await engine.close()
+
+
+@asynccontextmanager
+async def _closed_by_all_means() -> AsyncIterator[AsyncExitStack]:
+    """A stack that is also unwound, to its end, where the block is cancelled."""
+    stack = AsyncExitStack()
+    try:
+        yield stack
+    finally:
+        with anyio.CancelScope(shield=True):
+            await stack.aclose()
 
 
 async def predict_here(
@@ -296,10 +329,14 @@ async def predict_here(
 ) -> PredictResult:
     """Carries a run out in this process, without a service, and waits for its end.
 
+    Where somebody else has the run, the end of his lease is waited for, once: he may be the try of
+    a job before this one, which was killed.
+
     Raises:
         MlsysError: what the service would answer as a problem.
     """
-    async with open_engine(settings) as engine:
+
+    async def carry_out(engine: Engine) -> PredictResult:
         run = engine.start(request)
         while not run.ended.is_set():
             with anyio.move_on_after(settings.progress_seconds):
@@ -308,6 +345,13 @@ async def predict_here(
         if run.error is not None:
             raise run.error
         return run.result
+
+    async with open_engine(settings) as engine:
+        try:
+            return await carry_out(engine)
+        except UnderWay as error:
+            await anyio.sleep(error.retry_after)
+            return await carry_out(engine)
 
 
 async def runs_here(settings: Settings, wanted: RunsRequest) -> RunPage:

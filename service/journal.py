@@ -24,7 +24,10 @@ _MOST_READS = 16
 
 
 class Pins(BaseModel):
-    """What every attempt of a run has in common, so that each would write the same rows."""
+    """What every attempt of a run has in common, so that each would write the same rows.
+
+    Without `metadata`, the model had no metadata.json when the run began.
+    """
 
     model_config = ConfigDict(frozen=True, protected_namespaces=())
 
@@ -32,6 +35,7 @@ class Pins(BaseModel):
     snapshot_time: datetime
     model_version: str
     model: Blob
+    metadata: Blob | None = None
 
 
 class RunRecord(BaseModel):
@@ -101,11 +105,17 @@ class Store(Protocol):
 
 
 class Journal:
-    """The records in one bucket. Raises NotFound where there is no such bucket."""
+    """The records in one bucket. Raises NotFound where there is no such bucket.
 
-    def __init__(self, objects: Storage, bucket: str) -> None:
+    Args:
+        try_seconds: how long a try of a call may take that carries a record, 2 KB or so: one that
+            hangs is to be tried again before the lease that it renews runs out.
+    """
+
+    def __init__(self, objects: Storage, bucket: str, *, try_seconds: float) -> None:
         self._objects = objects
         self._bucket = bucket
+        self._try_seconds = try_seconds
 
     async def read(self, run_id: str) -> Entry | None:
         """See `Store`. Raises IntegrityError for an object that is no record."""
@@ -114,7 +124,7 @@ class Journal:
             if blob is None:
                 return None
             try:
-                data = await read_blob(self._objects, blob)
+                data = await read_blob(self._objects, blob, try_seconds=self._try_seconds)
             except (Changed, NotFound):
                 continue  # Written between the two calls: look again.
             return Entry(_record(data, blob), blob.generation)
@@ -130,6 +140,7 @@ class Journal:
                 "application/json",
                 if_generation=generation,
                 labels={"state": record.state, "started": record.started_at.isoformat()},
+                try_seconds=self._try_seconds,
             )
         except Conflict:
             raise Lost from None

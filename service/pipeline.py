@@ -103,6 +103,7 @@ async def prepare(
         name=request.model_name,
         version=pins.model_version if pins else request.model_version,
         pinned=pins.model if pins else None,
+        pinned_metadata=pins.metadata if pins else None,
     )
     needs = model.needs()
     columns = choose_columns(table, needs, request.id_columns)
@@ -136,6 +137,7 @@ async def prepare(
         max_streams=settings.read_streams,
         # The first attempt sees the table as it is: its pin is of this machine's clock.
         snapshot_time=pins.snapshot_time if pins else None,
+        compression=settings.read_compression,
         retry_seconds=settings.retry_seconds,
     )
     return Job(

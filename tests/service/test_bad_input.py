@@ -7,6 +7,7 @@ import os
 import pickle
 import socket
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -542,9 +543,10 @@ def test_those_who_wait_for_credentials_are_told_by_one_look(
 
     async def main() -> None:
         with anyio.fail_after(PATIENCE):
-            async with anyio.create_task_group() as tasks:
+            async with AsyncExitStack() as opened, anyio.create_task_group() as tasks:
                 lost = settings.model_copy(update=NO_CLOUD)
-                engine = Engine(lost, Runs(tasks, 1), ModelCache(1, tasks), Memory.of(lost))
+                cache, memory = ModelCache(1, tasks), Memory.of(lost)
+                engine = Engine(lost, Runs(tasks, 1), cache, memory, opened)
                 for _ in range(3):
                     tasks.start_soon(wait_for_clients, engine)
                 await anyio.wait_all_tasks_blocked()

@@ -173,6 +173,7 @@ def test_a_run_whose_owner_is_gone_is_taken_over_with_the_same_pins(
     assert cloud.count(wanted["output_table"]) == 100
     now = record_of(cloud, wanted)
     assert (now["state"], now["pins"], now["epoch"]) == ("committed", record["pins"], 2)
+    assert now["rows_done"] == 100
 
 
 def test_a_model_that_was_replaced_is_not_what_a_taken_over_run_predicts_with(
@@ -185,7 +186,7 @@ def test_a_model_that_was_replaced_is_not_what_a_taken_over_run_predicts_with(
     own = replace(
         cloud, settings=cloud.settings.model_copy(update={"gcs_bucket_models_dev": bucket})
     )
-    name = own.publish(models.Doubles())
+    name = own.publish(models.Doubles(), features=["x"], target="told")
     wanted = request_for(table, cloud.new_table(), name, run_id=cloud.name("run"))
     before = start_service(gcs_bucket_models_dev=bucket)
     assert before.get("/predict", params=wanted).status_code == 200
@@ -193,12 +194,13 @@ def test_a_model_that_was_replaced_is_not_what_a_taken_over_run_predicts_with(
     left = record | {"state": "running", "lease_until": datetime.now(UTC).isoformat()}
     store(cloud, wanted, json.dumps(left).encode())
     cloud.query(f"DELETE FROM `{wanted['output_table']}` WHERE TRUE")
-    own.publish(models.RaisesAt(0), name)
+    own.publish(models.RaisesAt(0), name, features=["y"], target="another")
 
     again = start_service(gcs_bucket_models_dev=bucket).get("/predict", params=wanted)
 
     assert again.status_code == 200, again.text
     assert again.json()["model"]["generation"] == record["pins"]["model"]["generation"]
+    assert "told" in cloud.rows(wanted["output_table"])[0]
 
 
 def test_an_object_that_is_no_record_is_told(

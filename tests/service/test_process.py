@@ -6,7 +6,10 @@ import json
 import os
 import pty
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -14,7 +17,7 @@ import httpx2
 import pytest
 
 from mlsys.local import LocalServers
-from tests.conftest import Cloud
+from tests.conftest import Client, Cloud
 from tests.service import models
 from tests.service.support import (
     PATIENCE,
@@ -231,3 +234,86 @@ def test_it_does_not_start_with_settings_that_make_no_sense() -> None:
 
     for name in ("mlsys_env", "chunk_rows", "read_streams"):
         assert name in str(caught.value)
+
+
+# The command, where it does the service's work itself
+
+
+@contextmanager
+def command(env: dict[str, str], *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen(
+        [str(Path(sys.executable).with_name("mlsys")), "predict", *arguments],
+        env=env,
+        cwd="/",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda each: each.name)
+def test_a_command_that_is_ended_leaves_its_run_free(
+    servers: LocalServers, service: Client, cloud: Cloud, tmp_path: Path, number: signal.Signals
+) -> None:
+    pipes, output, run_id = Pipes(tmp_path), cloud.new_table(), cloud.name("run")
+    model = cloud.publish(pipes.model())
+    wanted = [cloud.put(numbers(100)), output, f"--model={model}", f"--run-id={run_id}"]
+    with command(process_environment(**servers.env, READ_STREAMS="1"), *wanted) as process:
+        pipes.wait_until_entered()
+        process.send_signal(number)
+        pipes.let_go()
+        assert process.wait(GRACE) != 0
+
+    run = service.get(f"/runs/{run_id}").json()
+    assert run["state"] == "failed", run
+    assert cloud.count(output) == 0
+
+
+def test_the_try_after_one_that_was_killed_waits_for_its_lease(
+    servers: LocalServers, cloud: Cloud, tmp_path: Path
+) -> None:
+    pipes, output = Pipes(tmp_path), cloud.new_table()
+    model = cloud.publish(pipes.model())
+    wanted = [cloud.put(numbers(100)), output, f"--model={model}", "--id-column=id"]
+    env = process_environment(
+        **servers.env,
+        READ_STREAMS="1",
+        LEASE_SECONDS="6",
+        CLOUD_RUN_EXECUTION=cloud.name("execution"),
+    )
+    with command(env, *wanted) as first:
+        pipes.wait_until_entered()
+        first.kill()
+        first.wait()
+    with command(env, *wanted) as second:
+        pipes.wait_until_entered()
+        pipes.let_go()
+        told, _ = second.communicate(timeout=PATIENCE)
+
+    assert second.returncode == 0, told
+    assert [row["id"] for row in cloud.rows(output, order_by="id")] == list(range(100))
+
+
+def test_a_run_that_nobody_waits_for_leaves_word_when_the_process_ends(
+    process: ServiceProcess, service: Client, cloud: Cloud, tmp_path: Path
+) -> None:
+    pipes, run_id = Pipes(tmp_path), cloud.name("run")
+    wanted = request_for(
+        cloud.put(numbers(100)), cloud.new_table(), cloud.publish(pipes.model()), run_id=run_id
+    )
+    accepted = httpx2.get(
+        f"{process.url}/predict", params=wanted, headers={"Prefer": "respond-async"}
+    )
+    assert accepted.status_code == 202, accepted.text
+    pipes.wait_until_entered()
+
+    process.process.send_signal(signal.SIGTERM)
+    pipes.let_go()
+    process.ends(within=GRACE)
+
+    run = service.get(f"/runs/{run_id}").json()
+    assert (run["state"], run["error"]["status"]) == ("failed", 503), run
