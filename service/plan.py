@@ -176,6 +176,13 @@ def _carried(column: SchemaField) -> SchemaField:
     )
 
 
+def _whole_type(column: SchemaField) -> str:
+    """A column's type with the fields of a STRUCT, which are found by their names as well."""
+    kind = standard_type(column)
+    fields = sorted(f"{field.name.casefold()} {_whole_type(field)}" for field in column.fields)
+    return kind.replace("STRUCT", f"STRUCT<{', '.join(fields)}>") if fields else kind
+
+
 def check_output(table: TableInfo, columns: Sequence[SchemaField]) -> None:
     """Checks that an existing table can take the columns of a result.
 
@@ -188,8 +195,8 @@ def check_output(table: TableInfo, columns: Sequence[SchemaField]) -> None:
         found = there.pop(column.name.casefold(), None)
         if found is None:
             wrong.append(f"{column.name} {standard_type(column)} is missing")
-        elif standard_type(found) != standard_type(column):
-            wrong.append(f"{column.name} is {standard_type(found)}, not {standard_type(column)}")
+        elif (has := _whole_type(found)) != (needs := _whole_type(column)):
+            wrong.append(f"{column.name} is {has}, not {needs}")
     wrong += [
         f"{c.name} is REQUIRED and not written" for c in there.values() if c.mode == "REQUIRED"
     ]

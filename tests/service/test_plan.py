@@ -492,3 +492,16 @@ def test_rows_are_written_with_the_types_they_are_read_with_and_in_the_tables_or
     assert [bigquery_column(field).field_type for field in list(schema)[1:]] == [
         each.field_type for each in plan.output_columns[1:]
     ]
+
+
+def test_the_fields_of_a_struct_are_looked_at_before_anything_is_read() -> None:
+    def place(*fields: SchemaField) -> SchemaField:
+        return SchemaField("place", "RECORD", mode="REPEATED", fields=fields)
+
+    needed = [place(column("x", "INTEGER"), column("name", "STRING"))]
+
+    check_output(table(place(column("Name", "STRING"), column("X", "INT64"))), needed)
+    with pytest.raises(TableMismatch, match=r"place is ARRAY<STRUCT<name STRING, x FLOAT64>>, not"):
+        check_output(table(place(column("name", "STRING"), column("x", "FLOAT64"))), needed)
+    with pytest.raises(TableMismatch, match=r"place is ARRAY<STRUCT<name STRING>>, not"):
+        check_output(table(place(column("name", "STRING"))), needed)
