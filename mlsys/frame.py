@@ -26,7 +26,6 @@ or a boolean, and of objects, each as Python has it, where one is not.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from datetime import datetime
@@ -37,7 +36,7 @@ import numpy as np
 import pyarrow as pa
 
 from mlsys.errors import InvalidRequest
-from mlsys.names import shown
+from mlsys.names import LONGEST_COLUMN_NAME, is_column_name, shown
 
 if TYPE_CHECKING:
     from typing import Literal
@@ -49,10 +48,6 @@ if TYPE_CHECKING:
 
 _NUMERIC, _BIGNUMERIC = pa.decimal128(38, 9), pa.decimal256(76, 38)
 _WIDER = {_NUMERIC: _BIGNUMERIC, pa.list_(_NUMERIC): pa.list_(_BIGNUMERIC)}
-
-# https://cloud.google.com/bigquery/docs/schemas#flexible-column-names
-_NO_NAME = re.compile(r"""[\x00-\x1f\x7f!"$()*,./;?@\[\\\]^`{}~]""")
-_LONGEST_NAME = 300
 
 
 class FrameKind(StrEnum):
@@ -201,10 +196,10 @@ def _check_names(names: Sequence[Hashable]) -> None:
     for name in names:
         if not isinstance(name, str):
             raise InvalidRequest(f"Column {name!r}: a column's name has to be a string.")
-        if _NO_NAME.search(name) or not 0 < len(name) <= _LONGEST_NAME:
+        if not is_column_name(name):
             raise InvalidRequest(
                 f"Column {shown(name)}: BigQuery has no column of this name. Use letters, digits "
-                f"and underscores, at most {_LONGEST_NAME}."
+                f"and underscores, at most {LONGEST_COLUMN_NAME}."
             )
     count = Counter(name.casefold() for name in names)
     if repeated := [name for name in names if count[name.casefold()] > 1]:

@@ -16,6 +16,10 @@ MODEL_FILE = "model.pkl"
 METADATA_FILE = "metadata.json"
 LATEST = "latest"
 
+# https://cloud.google.com/bigquery/docs/schemas#flexible-column-names
+LONGEST_COLUMN_NAME = 300
+_NO_COLUMN = re.compile(r"""[\x00-\x1f\x7f!"$()*,./;?@\[\\\]^`{}~]""")
+
 # https://cloud.google.com/resource-manager/docs/creating-managing-projects (6 to 30 characters,
 # older projects carry a domain), https://cloud.google.com/bigquery/docs/datasets#dataset-naming.
 # BigQuery admits more in a table's name (spaces, any letter); this project does not.
@@ -85,6 +89,11 @@ def check_version(version: str) -> str:
     if version != LATEST and _VERSION.fullmatch(version) is None:
         raise InvalidRequest(f"{shown(version)} is not a model version. Use v1, v2, … or latest.")
     return version
+
+
+def is_column_name(name: str) -> bool:
+    """Whether a column of BigQuery may have this name; the case of letters is ignored there."""
+    return 0 < len(name) <= LONGEST_COLUMN_NAME and _NO_COLUMN.search(name) is None
 
 
 def version_number(version: str) -> int:

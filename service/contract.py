@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import re
 from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from mlsys.names import Environment, TableRef, check_model_name, check_version, shown
+from mlsys.names import (
+    Environment,
+    TableRef,
+    check_model_name,
+    check_version,
+    is_column_name,
+    shown,
+)
 
 RUN_ID_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"
 MOST_CHUNK_ROWS = 1_000_000
-
-# https://cloud.google.com/bigquery/docs/schemas#flexible-column-names
-_NO_COLUMN = re.compile(r"""[\x00-\x1f\x7f!"$()*,./;?@\[\\\]^`{}~]""")
 
 
 def _check_table(path: str) -> str:
@@ -23,7 +26,7 @@ def _check_table(path: str) -> str:
 
 
 def _check_column(name: str) -> str:
-    if _NO_COLUMN.search(name):
+    if not is_column_name(name):
         raise ValueError(f"{shown(name)} can't be the name of a column in BigQuery")
     return name
 
