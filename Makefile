@@ -1,4 +1,5 @@
-# Every target sets up what it needs: uv, where it is not on PATH, and the locked environment.
+# Every target sets up what it needs: uv, where it is not on PATH, and the locked environment. Only
+# `terraform` wants Terraform on PATH.
 
 UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
 RUN := $(UV) run --locked --no-sync
