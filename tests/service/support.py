@@ -144,6 +144,8 @@ class ObjectsProxy:
         self._asked: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.downloads: list[str] = []
         self.damage: Callable[[bytes], bytes] = bytes
+        # Given the body of each request before it goes on; it may take its time.
+        self.hold: Callable[[bytes], object] = bytes
         self.url = ""
 
     def downloads_of(self, model: str) -> int:
@@ -157,11 +159,10 @@ class ObjectsProxy:
 
     def forward(self, handler: http.server.BaseHTTPRequestHandler) -> None:
         """Passes one request on, and its answer back."""
-        length = int(handler.headers.get("Content-Length", 0))
+        sent = handler.rfile.read(int(handler.headers.get("Content-Length", 0)))
+        self.hold(sent)
         with closing(http.client.HTTPConnection(self._target.netloc)) as connection:
-            connection.request(
-                handler.command, handler.path, handler.rfile.read(length), dict(handler.headers)
-            )
+            connection.request(handler.command, handler.path, sent, dict(handler.headers))
             answer = connection.getresponse()
             body = answer.read()
         self._asked.put(handler.path)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import queue
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -201,6 +203,42 @@ def test_a_model_that_was_replaced_is_not_what_a_taken_over_run_predicts_with(
     assert again.status_code == 200, again.text
     assert again.json()["model"]["generation"] == record["pins"]["model"]["generation"]
     assert "told" in cloud.rows(wanted["output_table"])[0]
+
+
+def test_a_lease_whose_renewal_hangs_is_renewed_again_and_holds_nothing_up(
+    start_behind: Callable[..., Client],
+    objects: ObjectsProxy,
+    cloud: Cloud,
+    table: str,
+    gate: str,
+) -> None:
+    wanted = request_for(table, cloud.new_table(), gate, run_id=cloud.name("run"))
+    renewals: queue.SimpleQueue[None] = queue.SimpleQueue()
+    hung, let_go = threading.Event(), threading.Event()
+
+    def hang(sent: bytes) -> None:
+        if wanted["run_id"].encode() in sent and b'"state":"running"' in sent:
+            if models.event(f"{gate} entered").is_set() and not hung.is_set():
+                hung.set()
+                let_go.wait(10 * PATIENCE)
+            renewals.put(None)
+
+    objects.hold = hang
+    service = start_behind(lease_seconds=3)
+    caller = Background(lambda: service.get("/predict", params=wanted))
+    try:
+        assert hung.wait(PATIENCE)
+        while not renewals.empty():
+            renewals.get()
+        renewals.get(timeout=PATIENCE)
+        models.event(f"{gate} open").set()
+        response = caller.result()
+    finally:
+        let_go.set()
+
+    assert response.status_code == 200, response.text
+    assert record_of(cloud, wanted)["epoch"] == 1
+    assert cloud.count(wanted["output_table"]) == 100
 
 
 def test_an_object_that_is_no_record_is_told(
