@@ -176,9 +176,9 @@ class ModelCache:
                 self._kept[blob] = (blob.size, loading.estimator)
         except Exception as error:
             loading.error = error
+        except anyio.get_cancelled_exc_class():  # The task ends here in any case.
+            loading.error = Unavailable("The model was not loaded: the service is ending.")
         finally:
-            if loading.estimator is None and loading.error is None:
-                loading.error = Unavailable("The model was not loaded: the service is ending.")
             del self._loads[blob]
             loading.done.set()
 
@@ -198,7 +198,7 @@ async def load_model(
     Args:
         version: `v3`, or `latest` for the highest that has a model.pkl.
         pinned: the generation of that version to load; None: the one that is there now.
-        pinned_metadata: the same of its metadata.json.
+        pinned_metadata: that of its metadata.json beside it; None: there was none.
 
     Raises:
         NotFound: there is no such model or version; those there are, are named.
@@ -213,15 +213,14 @@ async def load_model(
         found["blob"] = pinned or await find_blob(objects, bucket, artifact_path(name, version))
 
     async def read_metadata() -> None:
-        there = pinned_metadata or await find_blob(
-            objects, bucket, artifact_path(name, version, METADATA_FILE)
-        )
+        there = pinned_metadata
+        if pinned is None:
+            path = artifact_path(name, version, METADATA_FILE)
+            there = await find_blob(objects, bucket, path)
         found["metadata_blob"] = there
-        found["metadata"] = (
-            ModelMetadata()
-            if there is None
-            else await _metadata(objects, there, pinned=pinned_metadata is not None)
-        )
+        found["metadata"] = ModelMetadata()
+        if there is not None:
+            found["metadata"] = await _metadata(objects, there, pinned=pinned is not None)
 
     async with task_group() as tasks:
         tasks.start_soon(find)
