@@ -5,7 +5,7 @@
 A text vectorizer is Python from end to end, and threads of one process take turns at that. Unless
 it is told not to, the service finds that out and predicts in several processes. What it chooses is
 held against the faster of two ways to have one process: a thread a core, and one thread. The linear
-model is there to see that others lose nothing by it. Of a service, a later run than the first is
+model is there to see that others are left as they are. Of a service, a later run than the first is
 measured, which has to start what processes are forked from.
 """
 

@@ -178,8 +178,6 @@ def predict(
 
             result = predict(url, wanted, progress=progress, token=token)
         else:
-            # As Ctrl-C does: what ends leaves word of it, and whoever tries again need not wait.
-            signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
             result = _here("predict_here", wanted, progress)
     _answer(result, result.message, as_json)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime
@@ -116,7 +117,7 @@ class Engine:
 
         Raises:
             AccessDenied: see `check_env`.
-            UnderWay, TooManyRuns: see `Runs.start`.
+            UnderWay, RunMismatch, TooManyRuns: see `Runs.start`.
         """
         self.check_env(request.env)
         return self.runs.start(request, self._work)
@@ -330,11 +331,18 @@ async def predict_here(
     """Carries a run out in this process, without a service, and waits for its end.
 
     Where somebody else has the run, the end of his lease is waited for, once: he may be the try of
-    a job before this one, which was killed.
+    a job before this one, which was killed. SIGTERM ends the run, which leaves word of it.
 
     Raises:
         MlsysError: what the service would answer as a problem.
     """
+    waiting = anyio.CancelScope()
+
+    async def heed_sigterm(engine: Engine) -> None:
+        with anyio.open_signal_receiver(signal.SIGTERM) as told:
+            async for _ in told:
+                engine.runs.cancel_all("this process was told to end")
+                waiting.cancel()
 
     async def carry_out(engine: Engine) -> PredictResult:
         run = engine.start(request)
@@ -346,12 +354,18 @@ async def predict_here(
             raise run.error
         return run.result
 
-    async with open_engine(settings) as engine:
+    async with open_engine(settings) as engine, task_group() as tasks:
+        tasks.start_soon(heed_sigterm, engine)
         try:
-            return await carry_out(engine)
+            result = await carry_out(engine)
         except UnderWay as error:
-            await anyio.sleep(error.retry_after)
-            return await carry_out(engine)
+            with waiting:
+                await anyio.sleep(error.retry_after)
+            if waiting.cancelled_caught:
+                raise
+            result = await carry_out(engine)
+        tasks.cancel_scope.cancel()
+    return result
 
 
 async def runs_here(settings: Settings, wanted: RunsRequest) -> RunPage:

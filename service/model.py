@@ -178,6 +178,8 @@ class ModelCache:
             loading.error = error
         except anyio.get_cancelled_exc_class():  # The task ends here in any case.
             loading.error = Unavailable("The model was not loaded: the service is ending.")
+        except BaseException as error:  # Of a model's own code, perhaps: no run but its own ends.
+            loading.error = RuntimeError(type(error).__name__)
         finally:
             del self._loads[blob]
             loading.done.set()

@@ -176,11 +176,20 @@ def _carried(column: SchemaField) -> SchemaField:
     )
 
 
+def _fits(found: SchemaField, column: SchemaField) -> bool:
+    """Whether a column takes another's values. The fields of a STRUCT have names as columns do."""
+    there = {field.name.casefold(): field for field in found.fields}
+    return standard_type(found) == standard_type(column) and all(
+        field.name.casefold() in there and _fits(there[field.name.casefold()], field)
+        for field in column.fields
+    )
+
+
 def _whole_type(column: SchemaField) -> str:
-    """A column's type with the fields of a STRUCT, which are found by their names as well."""
+    """A column's type, with the fields of a STRUCT."""
     kind = standard_type(column)
-    fields = sorted(f"{field.name.casefold()} {_whole_type(field)}" for field in column.fields)
-    return kind.replace("STRUCT", f"STRUCT<{', '.join(fields)}>") if fields else kind
+    fields = ", ".join(f"{field.name} {_whole_type(field)}" for field in column.fields)
+    return kind.replace("STRUCT", f"STRUCT<{fields}>") if fields else kind
 
 
 def check_output(table: TableInfo, columns: Sequence[SchemaField]) -> None:
@@ -195,8 +204,8 @@ def check_output(table: TableInfo, columns: Sequence[SchemaField]) -> None:
         found = there.pop(column.name.casefold(), None)
         if found is None:
             wrong.append(f"{column.name} {standard_type(column)} is missing")
-        elif (has := _whole_type(found)) != (needs := _whole_type(column)):
-            wrong.append(f"{column.name} is {has}, not {needs}")
+        elif not _fits(found, column):
+            wrong.append(f"{column.name} is {_whole_type(found)}, not {_whole_type(column)}")
     wrong += [
         f"{c.name} is REQUIRED and not written" for c in there.values() if c.mode == "REQUIRED"
     ]

@@ -98,7 +98,10 @@ class Run:
     @property
     def ending(self) -> MlsysError:
         """What whoever asks for the run is told where it was ended."""
-        return self._ending or Unavailable("The run was ended. Nothing was written.")
+        return self._ending or Unavailable(
+            f"The run was ended. Ask again with run_id={self.id}: that never writes twice.",
+            run_id=self.id,
+        )
 
     async def carry_out(
         self,
@@ -117,7 +120,9 @@ class Run:
             self._fail(error)
         finally:
             if self.result is None and self.error is None:
-                self.error = self.ending  # Cancelled from without, as the process ends.
+                # As the process ends; or, which nothing here should do, by a stray cancellation.
+                _log.warning("run cancelled from without", run_id=self.id)
+                self.error = self.ending
             self.begun.set()
             self.ended.set()
 

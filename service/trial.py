@@ -117,6 +117,7 @@ def _measure(predictor: Callable[[pa.Table], object], sample: pa.Table, rows: in
     if seconds < _HALF_ROWS * fixed or rows * row_seconds < _PAYS_SECONDS:
         return None
     if not _putting_off.acquire(timeout=_TURN_SECONDS):
+        _log.info("model not tried: another one is, and for long")
         return None
     try:
         return Trial(row_seconds, _shared(call))

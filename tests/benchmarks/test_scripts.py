@@ -29,9 +29,10 @@ def test_parts_alone_and_a_run_end_to_end_are_of_the_same_rows() -> None:
         found = alone(synthetic, models.LINEAR, rows, [*PARTS, AT_ONCE, compressed])
         with service(synthetic, read_compression="zstd") as running:
             whole = running.predict(models.LINEAR, rows)
+        read_by_service = synthetic.counted().bytes_read
 
     assert {part.rows for part in found.values()} == {whole.rows} == {rows}
     assert all(part.seconds > 0 and part.cpu_seconds > 0 for part in found.values())
     reads = {name: part.bytes_read for name, part in found.items()}
     assert reads["predict"] == reads["append"] == 0
-    assert reads[AT_ONCE] == reads["read"] > 80 * rows > reads[compressed]
+    assert reads[AT_ONCE] == reads["read"] > 80 * rows > reads[compressed] == read_by_service

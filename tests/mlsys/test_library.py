@@ -724,6 +724,24 @@ def test_a_write_whose_connection_is_lost_for_good_leaves_the_table_as_it_was(
     assert proxy.dropped > 0
 
 
+def test_a_read_heeds_the_settings_of_streams(cloud: Cloud, settings: Settings) -> None:
+    path, calls = cloud.put(numbers(3)), itertools.count()
+    let_go = threading.Event()
+    with rows_proxy(settings.bigquery_storage_emulator_host) as proxy:
+        # The first stream says nothing.
+        proxy.before["ReadRows"] = lambda: next(calls) or let_go.wait(PATIENCE)
+        own = behind_rows(proxy, settings, silence_seconds=0.2, read_compression="zstd")
+        try:
+            assert len(bq_get(path, settings=own)) == 3
+        finally:
+            let_go.set()
+
+    [asked] = proxy.messages("CreateReadSession")
+    options = types.CreateReadSessionRequest.pb().FromString(asked).read_session.read_options
+    codec = options.arrow_serialization_options.buffer_compression
+    assert codec == types.ArrowSerializationOptions.CompressionCodec.ZSTD
+
+
 KILLED = """
 import numpy as np, pyarrow as pa, sys
 from mlsys import bq_put

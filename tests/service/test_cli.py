@@ -16,20 +16,32 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 from sklearn.linear_model import LinearRegression
 from typer.testing import CliRunner, Result
 
 from mlsys.local import LocalServers
-from service.cli import app
+from service import cli
 from tests.conftest import Client, Cloud
 
 MLSYS = str(Path(sys.executable).with_name("mlsys"))
 
 
+# A wide terminal without colours.
+PLAIN = {"COLUMNS": "200", "NO_COLOR": "1"}
+
+
+@pytest.fixture(autouse=True)
+def plain_console(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Consoles look for colours once, when they are made."""
+    plain = Console(stderr=True, width=200, no_color=True, force_terminal=False)
+    monkeypatch.setattr(cli, "_console", plain)
+
+
 def mlsys(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [MLSYS, *arguments],
-        env=os.environ | {"COLUMNS": "200", "NO_COLOR": "1"} | env,
+        env=os.environ | PLAIN | env,
         capture_output=True,
         text=True,
         timeout=120,
@@ -38,12 +50,7 @@ def mlsys(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 def mlsys_here(*arguments: str, **env: str) -> Result:
     """The same in this process, which has imported already all that it needs."""
-    return CliRunner().invoke(app, arguments, env=env)
-
-
-def said(done: Result) -> str:
-    """What people are told, however wide their terminal is."""
-    return " ".join(done.stderr.split())
+    return CliRunner().invoke(cli.app, arguments, env=PLAIN | env)
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +143,7 @@ def test_predict_tells_people_what_was_done(
 
     assert done.exit_code == 0, done.output
     assert done.stdout == ""
-    assert f"✓ 10 rows predicted by {model} v1" in said(done)
+    assert f"✓ 10 rows predicted by {model} v1" in done.stderr
 
 
 def test_predict_fails_with_the_problem_and_status_1(
@@ -149,14 +156,14 @@ def test_predict_fails_with_the_problem_and_status_1(
     )
 
     assert done.exit_code == 1
-    assert "✗ Not found: gs://mlsys-models-dev has no model named nobody." in said(done)
+    assert "✗ Not found: gs://mlsys-models-dev has no model named nobody." in done.stderr
 
 
 def test_predict_refuses_a_malformed_name_before_it_calls() -> None:
     done = mlsys_here("predict", "not a table", "a.b.c", "--model=m", "--url=http://127.0.0.1:1")
 
     assert done.exit_code == 1
-    assert "✗ input_table: 'not a table' is not a table path." in said(done)
+    assert "✗ input_table: 'not a table' is not a table path." in done.stderr
 
 
 def test_predict_asks_to_be_tried_again_where_there_is_no_service() -> None:
@@ -169,7 +176,7 @@ def test_predict_asks_to_be_tried_again_where_there_is_no_service() -> None:
     )
 
     assert done.exit_code == 75
-    assert "✗ No answer from http://127.0.0.1:1 (ConnectError). Is it up?" in said(done)
+    assert "✗ No answer from http://127.0.0.1:1 (ConnectError). Is it up?" in done.stderr
 
 
 def test_predict_needs_no_service(
@@ -230,7 +237,7 @@ def test_publish_then_models_lists_it(servers: LocalServers, cloud: Cloud, tmp_p
 
     assert published.returncode == 0, published.stderr
     assert json.loads(published.stdout)["target"] == "double"
-    assert f"✓ Published as gs://mlsys-models-dev/{name}/v2/model.pkl." in said(again)
+    assert f"✓ Published as gs://mlsys-models-dev/{name}/v2/model.pkl." in again.stderr
     assert json.loads(listed.stdout)[name] == ["v1", "v2"]
     assert re.search(rf"{name} +│ v2 +│ v1, v2", shown.stdout)
 
@@ -254,7 +261,7 @@ def test_publish_refuses_a_version_that_exists(
     again = mlsys_here("publish", *arguments, **servers.env)
 
     assert again.exit_code == 1
-    assert f"gs://mlsys-models-dev/{name}/v3/model.pkl exists" in said(again)
+    assert f"gs://mlsys-models-dev/{name}/v3/model.pkl exists" in again.stderr
 
 
 @pytest.mark.parametrize(
@@ -276,7 +283,7 @@ def test_publish_says_which_file_is_damaged(
     done = mlsys_here("publish", *paths)
 
     assert done.exit_code == 1
-    assert said(done).startswith(f"✗ {told}")
+    assert done.stderr.startswith(f"✗ {told}")
 
 
 def test_local_runs_a_command_with_everything_up_and_ends_with_its_status() -> None:
@@ -321,4 +328,4 @@ def test_runs_are_listed_with_a_service_and_without(
     assert (run["run_id"], run["state"]) == (run_id, "committed")
     assert "committed" in listed.stdout
     assert nobody.exit_code == 1
-    assert "no run 'nobody'" in said(nobody)
+    assert "no run 'nobody'" in nobody.stderr

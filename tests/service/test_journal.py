@@ -7,12 +7,15 @@ import queue
 import threading
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import anyio
 import httpx2
 import pytest
 
+from service.contract import PredictRequest
+from service.engine import predict_here
 from tests.conftest import Client, Cloud
 from tests.service import models
 from tests.service.support import (
@@ -176,6 +179,23 @@ def test_a_run_whose_owner_is_gone_is_taken_over_with_the_same_pins(
     now = record_of(cloud, wanted)
     assert (now["state"], now["pins"], now["epoch"]) == ("committed", record["pins"], 2)
     assert now["rows_done"] == 100
+
+
+def test_the_command_waits_for_the_lease_of_a_try_that_was_killed(
+    service: Client, cloud: Cloud, wanted: dict[str, Any]
+) -> None:
+    assert service.get("/predict", params=wanted).status_code == 200
+    cloud.query(f"DELETE FROM `{wanted['output_table']}` WHERE TRUE")
+    until = datetime.now(UTC) + timedelta(seconds=3)
+    left = record_of(cloud, wanted) | {"state": "running", "lease_until": until.isoformat()}
+    del left["result"], left["streams"], left["rows"]
+    store(cloud, wanted, json.dumps(left).encode())
+
+    request = PredictRequest(**wanted)
+    result = anyio.run(predict_here, cloud.settings, request, lambda progress: None)
+
+    assert result.ended_at > until
+    assert cloud.count(wanted["output_table"]) == 100
 
 
 def test_a_model_that_was_replaced_is_not_what_a_taken_over_run_predicts_with(

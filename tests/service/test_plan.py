@@ -500,7 +500,8 @@ def test_the_fields_of_a_struct_are_looked_at_before_anything_is_read() -> None:
 
     needed = [place(column("x", "INTEGER"), column("name", "STRING"))]
 
-    check_output(table(place(column("Name", "STRING"), column("X", "INT64"))), needed)
+    more = column("more", "STRING")
+    check_output(table(place(column("Name", "STRING"), more, column("X", "INT64"))), needed)
     with pytest.raises(TableMismatch, match=r"place is ARRAY<STRUCT<name STRING, x FLOAT64>>, not"):
         check_output(table(place(column("name", "STRING"), column("x", "FLOAT64"))), needed)
     with pytest.raises(TableMismatch, match=r"place is ARRAY<STRUCT<name STRING>>, not"):

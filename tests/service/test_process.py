@@ -255,7 +255,11 @@ def command(env: dict[str, str], *arguments: str) -> Iterator[subprocess.Popen[s
             process.kill()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda each: each.name)
+# The second for schedulers: it may succeed if it is tried again.
+STATUS = {signal.SIGINT: {130, 1}, signal.SIGTERM: {75}}
+
+
+@pytest.mark.parametrize("number", STATUS, ids=lambda each: each.name)
 def test_a_command_that_is_ended_leaves_its_run_free(
     servers: LocalServers, service: Client, cloud: Cloud, tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -266,36 +270,11 @@ def test_a_command_that_is_ended_leaves_its_run_free(
         pipes.wait_until_entered()
         process.send_signal(number)
         pipes.let_go()
-        assert process.wait(GRACE) != 0
+        assert process.wait(GRACE) in STATUS[number]
 
     run = service.get(f"/runs/{run_id}").json()
     assert run["state"] == "failed", run
     assert cloud.count(output) == 0
-
-
-def test_the_try_after_one_that_was_killed_waits_for_its_lease(
-    servers: LocalServers, cloud: Cloud, tmp_path: Path
-) -> None:
-    pipes, output = Pipes(tmp_path), cloud.new_table()
-    model = cloud.publish(pipes.model())
-    wanted = [cloud.put(numbers(100)), output, f"--model={model}", "--id-column=id"]
-    env = process_environment(
-        **servers.env,
-        READ_STREAMS="1",
-        LEASE_SECONDS="6",
-        CLOUD_RUN_EXECUTION=cloud.name("execution"),
-    )
-    with command(env, *wanted) as first:
-        pipes.wait_until_entered()
-        first.kill()
-        first.wait()
-    with command(env, *wanted) as second:
-        pipes.wait_until_entered()
-        pipes.let_go()
-        told, _ = second.communicate(timeout=PATIENCE)
-
-    assert second.returncode == 0, told
-    assert [row["id"] for row in cloud.rows(output, order_by="id")] == list(range(100))
 
 
 def test_a_run_that_nobody_waits_for_leaves_word_when_the_process_ends(
