@@ -26,7 +26,8 @@ _MOST_READS = 16
 class Pins(BaseModel):
     """What every attempt of a run has in common, so that each would write the same rows.
 
-    Without `metadata`, the model had no metadata.json when the run began.
+    Without `metadata`, the model had no metadata.json when the run began, or the record is older
+    than this member.
     """
 
     model_config = ConfigDict(frozen=True, protected_namespaces=())
