@@ -124,7 +124,7 @@ async def read_stream(
         The number of rows sent.
 
     Raises:
-        InvalidRequest: the session's filter fails on a row.
+        InvalidRequest: the session's filter fails on a row, or the session is over.
         Unavailable: the stream could not be opened again within `retry_seconds`.
     """
     rows = 0
@@ -157,7 +157,10 @@ async def read_stream(
         except (InvalidRequest, IntegrityError) as error:
             cause = error.__cause__
             if isinstance(cause, grpc.aio.AioRpcError) and cause.code() is _OVER:
-                raise
+                raise InvalidRequest(
+                    f"{error} A session lasts for 6 hours: read with more cores, or the table in "
+                    "parts, with `where`."
+                ) from cause
             # BigQuery quotes the value that a filter fails on; the caller may not see rows.
             raise InvalidRequest(
                 f"{session.table} can't be read to its end: the filter fails on a row. Mend "

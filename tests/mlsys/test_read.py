@@ -175,6 +175,22 @@ async def test_a_failure_that_does_not_pass_is_told_at_once(
     assert len(server.of("ReadRows")) == 1
 
 
+async def test_a_session_that_is_over_is_told_with_what_to_do(
+    server: StorageServer, api: StorageApi
+) -> None:
+    server.sources["s"] = batches_of(100, 10)
+    over = Fault(CODES.FAILED_PRECONDITION, "session expired at 12:00")
+    server.replies["ReadRows"].append((50, over))
+
+    with pytest.raises(ExceptionGroup) as raised:
+        await read_ids(server, api)
+
+    [error] = raised.value.exceptions
+    assert isinstance(error, InvalidRequest)
+    assert "session expired at 12:00" in str(error)
+    assert "6 hours" in str(error)
+
+
 @pytest.mark.parametrize("code", [CODES.INVALID_ARGUMENT, CODES.OUT_OF_RANGE], ids=str)
 async def test_a_filter_that_fails_on_a_row_is_told_without_the_row(
     server: StorageServer, api: StorageApi, code: grpc.StatusCode
