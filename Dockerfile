@@ -4,13 +4,14 @@
 # Tags, not digests: Renovate pins each to the digest that it finds, and keeps it current.
 FROM ghcr.io/astral-sh/uv:python3.12-bookworm-slim AS dependencies
 
-ENV UV_COMPILE_BYTECODE=1 \
+ENV UV_CACHE_DIR=/uv-cache \
+    UV_COMPILE_BYTECODE=1 \
     UV_LINK_MODE=copy \
     UV_PYTHON_DOWNLOADS=0
 
 WORKDIR /app
 
-RUN --mount=type=cache,target=/root/.cache/uv \
+RUN --mount=type=cache,target=/uv-cache \
     --mount=type=bind,source=pyproject.toml,target=/app/pyproject.toml \
     --mount=type=bind,source=uv.lock,target=/app/uv.lock \
     uv sync --frozen --no-dev --no-install-project
@@ -24,7 +25,7 @@ FROM dependencies AS application
 
 # Not editable: the code goes into the virtual environment, and the sources stay behind. What that
 # adds is set aside, so that the image gets it as a small layer of its own.
-RUN --mount=type=cache,target=/root/.cache/uv \
+RUN --mount=type=cache,target=/uv-cache \
     --mount=type=bind,source=pyproject.toml,target=/app/pyproject.toml \
     --mount=type=bind,source=uv.lock,target=/app/uv.lock \
     --mount=type=bind,source=README.md,target=/app/README.md \

@@ -111,7 +111,9 @@ class Build:
     def tools(self) -> dict[str, str]:
         outside = {k: v for k, v in os.environ.items() if not k.startswith(("UV_", "VIRTUAL_ENV"))}
         path = os.pathsep.join([str(Path(uv()).parent), os.environ["PATH"]])
-        return outside | self.env | {"PATH": path, "UV_PYTHON": sys._base_executable}
+        # The builder's cache is a mount; here it is that of whoever runs the tests.
+        told = {name: value for name, value in self.env.items() if name != "UV_CACHE_DIR"}
+        return outside | told | {"PATH": path, "UV_PYTHON": sys._base_executable}
 
 
 def assert_sent_to_the_builder(source: str) -> None:
