@@ -5,8 +5,8 @@
 A text vectorizer is Python from end to end, and threads of one process take turns at that. Unless
 it is told not to, the service finds that out and predicts in several processes. What it chooses is
 held against the faster of two ways to have one process: a thread a core, and one thread. The linear
-model is there to see that others are left as they are. Of a service, a later run than the first is
-measured, which has to start what processes are forked from.
+model is there to see that others are left as they are. Measured is a later run of a service than
+the first, as that one has to start what processes are forked from.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main() -> None:
             for case, settings in CASES.items():
                 with service(synthetic, **settings) as running:
                     running.warm_up(kind)
-                    if case is CHOSEN:
+                    if case == CHOSEN:
                         running.predict(kind, min(FIRST_ROWS, many))
                     measured = running.predict(kind, many)
                 report.add(model=kind.title, case=case, **measured.told())

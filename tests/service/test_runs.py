@@ -224,7 +224,7 @@ async def test_each_environment_has_run_ids_of_its_own(let_go: anyio.Event) -> N
     assert first.error is other.error is None
 
 
-async def test_the_same_name_with_other_parameters_is_another_run(let_go: anyio.Event) -> None:
+async def test_a_run_under_way_is_not_one_with_other_parameters(let_go: anyio.Event) -> None:
     async with admitting(let_go) as runs:
         runs.start(request(run_id="r", where="x > 1"), until(let_go))
 
