@@ -726,16 +726,21 @@ def test_a_write_whose_connection_is_lost_for_good_leaves_the_table_as_it_was(
 
 def test_a_read_heeds_the_settings_of_streams(cloud: Cloud, settings: Settings) -> None:
     path, calls = cloud.put(numbers(3)), itertools.count()
-    let_go = threading.Event()
+    let_go, waited_for = threading.Event(), threading.Event()
+
+    def say_nothing_at_first() -> None:
+        if next(calls) == 0 and not let_go.wait(PATIENCE):
+            waited_for.set()
+
     with rows_proxy(settings.bigquery_storage_emulator_host) as proxy:
-        # The first stream says nothing.
-        proxy.before["ReadRows"] = lambda: next(calls) or let_go.wait(PATIENCE)
+        proxy.before["ReadRows"] = say_nothing_at_first
         own = behind_rows(proxy, settings, silence_seconds=0.2, read_compression="zstd")
         try:
             assert len(bq_get(path, settings=own)) == 3
         finally:
             let_go.set()
 
+    assert not waited_for.is_set()
     [asked] = proxy.messages("CreateReadSession")
     options = types.CreateReadSessionRequest.pb().FromString(asked).read_session.read_options
     codec = options.arrow_serialization_options.buffer_compression

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pty
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -88,7 +90,15 @@ class Pipes:
         Background(self.entered.read_bytes).result()
 
     def let_go(self) -> None:
-        Background(lambda: self.leave.write_text("")).result()
+        """Fails, rather than to wait for ever, where no model waits."""
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                return os.close(os.open(self.leave, os.O_WRONLY | os.O_NONBLOCK))
+            except OSError as error:
+                if error.errno != errno.ENXIO or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.01)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda each: each.name)
