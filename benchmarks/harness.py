@@ -203,11 +203,8 @@ class Service:
         after = self.synthetic.counted()
         if answer.status_code != 200:
             raise RuntimeError(f"{answer.status_code}: {answer.text}")
-        once = (after.rows_appended, after.rows_committed) == (rows, rows) and not after.errors
-        # A run in processes has read some rows before, in one, to find out that it needs them.
-        if after.rows_read == rows:
-            once = once and after.ids_read == after.ids_appended
-        if not once or after.rows_read < rows:
+        counts = {after.rows_read, after.rows_appended, after.rows_committed}
+        if counts != {rows} or after.ids_read != after.ids_appended or after.errors:
             raise RuntimeError(f"not every row arrived once: {after}")
         return Measured(
             rows=rows,

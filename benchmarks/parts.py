@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import operator
 import os
 import subprocess
@@ -41,8 +40,8 @@ from service.contract import PredictRequest
 from service.memory import reuse_memory
 from service.model import ModelCache
 from service.pipeline import Job, prepare
-from service.plan import output_schema
-from service.predict import predict_stream, timed
+from service.predict import Work, in_threads, predict_stream
+from service.source import Source
 from service.threads import Threads
 
 PARTS = ("read", "predict", "append")
@@ -218,8 +217,8 @@ async def _predicting(
 ) -> Callable[[], Awaitable[None]]:
     """As many streams and threads as in a run make results of batches in memory."""
     shares = [_messages(job, share) for share in _shares(rows, session)]
-    limiter = anyio.CapacityLimiter(settings.predict_threads)
-    threads = await anyio.to_thread.run_sync(Threads, 1)
+    work = await anyio.to_thread.run_sync(_work_of, job)
+    predict = in_threads(work, anyio.CapacityLimiter(settings.predict_threads))
     counted = 0
 
     async def drop(results: Any) -> None:
@@ -229,20 +228,11 @@ async def _predicting(
 
     async def work() -> None:
         async with anyio.create_task_group() as tasks:
-            for number, messages in enumerate(shares):
+            for messages in shares:
                 results_in, results_out = anyio.create_memory_object_stream[pa.RecordBatch](0)
-                predict = partial(
-                    predict_stream,
-                    job.predictor,
-                    job.plan,
-                    _giving(messages, tasks),
-                    results_in,
-                    limiter=limiter,
-                    sizes=job.sizes,
-                    threads=threads,
-                    stream=number,
-                )
-                tasks.start_soon(predict)
+                source = Source(_giving(messages, tasks))
+                stage = partial(predict_stream, predict, source, results_in, sizes=job.sizes)
+                tasks.start_soon(stage)
                 tasks.start_soon(drop, results_out)
         assert counted == rows
 
@@ -267,12 +257,16 @@ def _giving(batches: Sequence[pa.RecordBatch], tasks: TaskGroup) -> Any:
     return received
 
 
+def _work_of(job: Job) -> Work:
+    return Work(job.predictor, job.plan, job.schema, Threads(1))
+
+
 def _settle(job: Job) -> None:
     """Lets chunks become as large as they do in a run."""
+    work = _work_of(job)
     while not job.sizes.settled:
         chunk = pa.Table.from_batches(_messages(job, job.sizes.rows))
-        _, cost = timed(partial(job.predictor, chunk))
-        job.sizes.learn(chunk.num_rows, cost, chunk.nbytes)
+        job.sizes.learn(chunk.num_rows, work(chunk).cost, chunk.nbytes)
 
 
 def _messages(job: Job, rows: int) -> list[pa.RecordBatch]:
@@ -301,13 +295,12 @@ async def _appending(
 ) -> Callable[[], Awaitable[None]]:
     """Results in memory go into as many streams as the service has."""
     results = await _results(job)
-    schema = output_schema(job.plan, session.schema)
     limits = AppendLimits(settings.append_request_bytes, settings.append_unacked_bytes)
     shares = [_copies(results, share) for share in _shares(rows, session)]
     sinks = [await create_stream(clients.storage, job.plan.output) for _ in shares]
 
     async def append(sink: str, given: Any) -> None:
-        stored = await append_stream(clients.storage, sink, schema, given, limits=limits)
+        stored = await append_stream(clients.storage, sink, job.schema, given, limits=limits)
         counts.append(stored)
 
     counts: list[int] = []
@@ -323,14 +316,10 @@ async def _appending(
 
 async def _results(job: Job) -> list[pa.RecordBatch]:
     """What a run makes of a few chunks."""
-    results_in, results_out = anyio.create_memory_object_stream[pa.RecordBatch](math.inf)
-    limiter = anyio.CapacityLimiter(1)
-    async with anyio.create_task_group() as tasks:
-        given = _giving(_messages(job, _CHUNKS * job.sizes.rows), tasks)
-        await predict_stream(
-            job.predictor, job.plan, given, results_in, limiter=limiter, sizes=job.sizes
-        )
-    return [result async for result in results_out]
+    work = await anyio.to_thread.run_sync(_work_of, job)
+    chunks = [pa.Table.from_batches(_messages(job, job.sizes.rows)) for _ in range(_CHUNKS)]
+    made = [await anyio.to_thread.run_sync(work, chunk) for chunk in chunks]
+    return [batch for each in made for batch in each.batches]
 
 
 _WORK = {"read": _reading, "predict": _predicting, "append": _appending}

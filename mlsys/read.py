@@ -63,7 +63,9 @@ async def open_session(
         project: pays for the read.
         columns: the columns to read, all where empty; batches keep the table's order.
         where: a row filter in SQL, applied by the server.
-        max_streams: BigQuery may give fewer, and none for a table without rows.
+        max_streams: as many are asked for; BigQuery may give fewer, and none for a table without
+            rows. One for each gigabyte or so was seen, a single one of smaller tables:
+            https://github.com/googleapis/java-bigquerystorage/issues/531
         snapshot_time: the moment of the table to read; None: now.
         compression: of the columns of each batch, which Arrow undoes as it is read.
 
@@ -72,7 +74,9 @@ async def open_session(
         InvalidRequest: the server refuses the filter or the columns.
     """
     message = types.CreateReadSessionRequest.pb()(
-        parent=f"projects/{project}", max_stream_count=max_streams
+        parent=f"projects/{project}",
+        max_stream_count=max_streams,
+        preferred_min_stream_count=max_streams,
     )
     message.read_session.table = table.resource
     message.read_session.data_format = types.DataFormat.ARROW

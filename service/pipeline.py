@@ -1,18 +1,21 @@
 """One run: prepared, carried out shard by shard, its streams committed last.
 
-A run is cut into shards (`service/shard.py`), a read stream each. They run side by side in this
-process, or where the model holds the interpreter, in processes of their own. When all are done and
-counted, one call commits what they have written.
+A run is cut into shards (`service/shard.py`), one a core at least, which run side by side. Their
+predict calls are made in threads, or where the model holds the interpreter, in processes. When all
+are done and counted, one call commits what they have written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import cycle
 from typing import Any
 
 import anyio
+import pyarrow as pa
 import structlog
 
 from mlsys.append import commit_streams, create_stream, finalize_stream
@@ -26,13 +29,14 @@ from mlsys.tasks import task_group
 from service.contract import PredictRequest
 from service.journal import Pins
 from service.model import Model, ModelCache, load_model
-from service.plan import Plan, choose_columns, make_plan
-from service.predict import describe
-from service.shard import Means, Shard, Source, Task, reading, run_shards
+from service.plan import Plan, choose_columns, make_plan, output_schema
+from service.predict import Predict, Predictor, Work, describe, in_threads
+from service.shard import Means, Shard, reading, run_shards
 from service.sizing import ChunkSize
+from service.source import Source
 from service.threads import Threads
 from service.trial import interpreter_bound
-from service.workers import WORKER_BYTES, assignments, run_in_processes
+from service.workers import WORKER_BYTES, Assignment, in_processes
 
 _log = structlog.get_logger(__name__)
 
@@ -41,12 +45,17 @@ _COMMIT_SECONDS = 30
 
 
 @dataclass(frozen=True)
-class Job(Task):
+class Job:
     """A run that can start: what to do with which rows, and the model that it is done with.
 
-    `table_rows` are those of the table, which a filter may leave fewer of.
+    `schema` is that of the rows to be appended. `table_rows` are those of the table, which a filter
+    may leave fewer of.
     """
 
+    plan: Plan
+    predictor: Predictor
+    session: ReadSession
+    schema: pa.Schema
     model: Model
     sizes: ChunkSize
     table_rows: int
@@ -144,6 +153,7 @@ async def prepare(
         plan=plan,
         predictor=predictor,
         session=session,
+        schema=output_schema(plan, session.schema),
         model=model,
         sizes=ChunkSize(plan.chunk_rows, most_bytes=settings.chunk_bytes),
         table_rows=table.rows or 0,
@@ -171,7 +181,6 @@ async def append(
     """
     plan = job.plan
     found: dict[str, Any] = {}
-    counts: dict[int, int] = {}
 
     async def try_model(source: Source) -> None:
         found["workers"] = await _workers(
@@ -186,40 +195,51 @@ async def append(
                 plan.output_columns,
                 retry_seconds=settings.retry_seconds,
             )
-        found["shards"] = await _create_shards(clients, job.session, plan, settings)
+        found["shards"] = await _create_shards(clients, job, settings, int(limiter.total_tokens))
 
     # Rows are on their way while there is no place for them yet: the model is tried on the first.
-    async with reading(clients.storage, job.session, job.session.streams, settings) as sources:
+    async with reading(clients.storage, job.session, settings) as sources:
         async with task_group() as tasks:
             if sources:
-                tasks.start_soon(try_model, sources[0])
+                tasks.start_soon(try_model, next(iter(sources.values())))
             tasks.start_soon(make_places)
         shards, workers = found["shards"], found.get("workers", 0)
-        _log.info("run started", rows=plan.rows, streams=len(shards), processes=workers)
-        if not workers:
-            # A model's own threads, where there are fewer shards than cores.
-            threads = max(1, int(limiter.total_tokens) // max(1, len(shards)))
+        _log.info(
+            "run started",
+            rows=plan.rows,
+            streams=len(sources),
+            shards=len(shards),
+            processes=workers,
+        )
+        # A model's own threads, where there are fewer shards than cores.
+        threads = max(1, int(limiter.total_tokens) // max(1, len(shards)))
+        async with _predicting(job, settings, workers, threads, limiter) as predict:
             means = Means(
                 api=clients.storage,
                 settings=settings,
-                limiter=limiter,
+                schema=job.schema,
+                predict=predict,
                 sizes=job.sizes,
-                threads=await anyio.to_thread.run_sync(Threads, threads),
                 progress=progress,
             )
-            counts = await run_shards(shards, sources, job, means)
-    if workers:
-        told = assignments(
-            job,
-            shards,
-            workers,
-            blob=job.model.blob,
-            metadata=job.model.metadata,
-            settings=settings,
-        )
-        counts = await run_in_processes(told, job.sizes, progress)
+            counts = await run_shards(shards, sources, means)
     await _finalize(clients, shards, counts, settings)
     return tuple(shard.sink for shard in shards), sum(counts.values())
+
+
+@asynccontextmanager
+async def _predicting(
+    job: Job, settings: Settings, workers: int, threads: int, limiter: anyio.CapacityLimiter
+) -> AsyncIterator[Predict]:
+    """In so many processes; or with none, in threads of this one, which call so many each."""
+    if not workers:
+        own = await anyio.to_thread.run_sync(Threads, threads)
+        yield in_threads(Work(job.predictor, job.plan, job.schema, own), limiter)
+        return
+    model = job.model
+    told = Assignment(job.plan, job.predictor, job.schema, model.blob, model.metadata, settings)
+    async with in_processes(told, workers) as predict:
+        yield predict
 
 
 async def commit(
@@ -268,14 +288,16 @@ async def commit(
     return True
 
 
-async def _create_shards(
-    clients: Clients, session: ReadSession, plan: Plan, settings: Settings
-) -> list[Shard]:
-    sinks = [""] * len(session.streams)
+async def _create_shards(clients: Clients, job: Job, settings: Settings, cores: int) -> list[Shard]:
+    """A shard a read stream; where those are fewer than cores, several share one."""
+    streams = job.session.streams
+    # No more than have a chunk each.
+    most = min(cores, job.table_rows // job.sizes.rows) if streams else 0
+    sinks = [""] * max(len(streams), most)
 
     async def create(number: int) -> None:
         sinks[number] = await create_stream(
-            clients.storage, plan.output, retry_seconds=settings.retry_seconds
+            clients.storage, job.plan.output, retry_seconds=settings.retry_seconds
         )
 
     async with task_group() as tasks:
@@ -283,7 +305,7 @@ async def _create_shards(
             tasks.start_soon(create, number)
     return [
         Shard(number, source, sink)
-        for number, (source, sink) in enumerate(zip(session.streams, sinks, strict=True))
+        for number, (source, sink) in enumerate(zip(cycle(streams), sinks, strict=False))
     ]
 
 
@@ -295,8 +317,8 @@ async def _workers(
     limiter: anyio.CapacityLimiter,
     fits: Callable[[int], bool],
 ) -> int:
-    """In how many processes the run is to take place; 0: in this one."""
-    calls = min(len(job.session.streams), int(limiter.total_tokens), settings.worker_processes)
+    """In how many processes the model is to predict; 0: in this one."""
+    calls = min(int(limiter.total_tokens), settings.worker_processes)
     if calls < 2 or not fits(calls * WORKER_BYTES):
         return 0
     bound = await interpreter_bound(

@@ -13,7 +13,7 @@ import datetime as dt
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal
@@ -24,16 +24,16 @@ import anyio
 import anyio.to_thread
 import numpy as np
 import pyarrow as pa
-from anyio.abc import ObjectReceiveStream, ObjectSendStream
+from anyio.abc import ObjectSendStream
 from google.cloud.bigquery import SchemaField
 
-from mlsys.chunk import Rechunker
 from mlsys.errors import InvalidRequest, ModelRaised, ModelUnusable, redacted
 from mlsys.frame import FrameKind, by_columns, to_frame
 from mlsys.tables import BIGQUERY_TO_ARROW, bigquery_column, standard_type
 from service.arrays import class_path, on_arrays, plain_numbers
-from service.plan import TOLD, Output, Plan, output_schema
+from service.plan import TOLD, Output, Plan
 from service.sizing import ChunkSize, Cost
+from service.source import Chunk, Source
 from service.threads import Threads
 
 PREDICTION, PROBABILITY = "Prediction", "PredictionProbability"
@@ -321,63 +321,61 @@ def _zero(column: SchemaField) -> pa.Array:
     return pa.array([_ZEROS[standard_type(column)]], kind)
 
 
+@dataclass(frozen=True)
+class Predicted:
+    """Rows of the output table, and what it cost to make them."""
+
+    batches: list[pa.RecordBatch]
+    cost: Cost
+
+
+# Predicts the rows of a chunk, off the event loop, here or in another process.
+type Predict = Callable[[pa.Table], Awaitable[Predicted]]
+
+
 async def predict_stream(
-    predictor: Predictor,
-    plan: Plan,
-    batches: ObjectReceiveStream[pa.RecordBatch],
-    out: ObjectSendStream[pa.RecordBatch],
-    *,
-    limiter: anyio.CapacityLimiter,
-    sizes: ChunkSize,
-    threads: Threads | None = None,
-    stream: int = 0,
+    predict: Predict, source: Source, out: ObjectSendStream[pa.RecordBatch], *, sizes: ChunkSize
 ) -> None:
-    """Predicts batches chunk by chunk and sends the rows of the output table to `out`.
+    """Predicts a source chunk by chunk and sends the rows of the output table to `out`.
 
     Args:
-        limiter: how many predict calls run at once, over all streams and runs.
+        source: others may take chunks of it as well.
         sizes: how many rows a call gets; told what each call cost.
-        threads: that a call may take; None: as many as it likes.
-        stream: the number of this stream among those of the run, for error messages.
 
     Raises:
         ModelRaised: with the exception, the stream and the row in it. Rows are counted from 0 as
             the stream delivers them: a table has no order of its own.
     """
-    rechunker = Rechunker(sizes.rows)
-    told = _Told(plan)
-    row = 0
 
-    async def predict(chunk: pa.Table) -> None:
-        nonlocal row
-        schema = output_schema(plan, chunk.schema)
-        work = partial(_predict_chunk, predictor, chunk, told, schema)
+    async def predicted(chunk: Chunk) -> list[pa.RecordBatch]:
         try:
-            results, cost = await in_thread(partial(timed, work, threads), limiter)
-        except _Blame as blame:
-            raise blame.named(stream, row) from blame.__cause__
+            result = await predict(chunk.rows)
+        except Blame as blame:
+            raise blame.named(source.number, chunk.first_row) from blame.__cause__
         if not sizes.settled:  # To add up the bytes takes a while.
-            sizes.learn(chunk.num_rows, cost, chunk.nbytes)
-        rechunker.rows = sizes.rows
-        for result in results:
-            await out.send(result)
-        row += chunk.num_rows
+            sizes.learn(chunk.rows.num_rows, result.cost, chunk.rows.nbytes)
+        return result.batches
 
-    async with batches, out:
-        async for batch in batches:
-            for chunk in rechunker.push(batch):
-                await predict(chunk)
-                del chunk  # Or it would stay in memory until the next has come; so would its batch.
-            del batch
-        for chunk in rechunker.rest():
-            await predict(chunk)
+    async with out:
+        while (chunk := await source.chunk(sizes.rows)) is not None:
+            batches = await predicted(chunk)
+            del chunk  # Or it would stay in memory until the next has come; so would its batch.
+            for batch in batches:
+                await out.send(batch)
+            del batches
 
 
-def timed[T](work: Callable[[], T], threads: Threads | None = None) -> tuple[T, Cost]:
-    """What `work()` returns, and what it cost in this thread."""
-    start, on_core = time.perf_counter(), time.thread_time()
-    result = work() if threads is None else threads.call(work)
-    return result, Cost(time.perf_counter() - start, time.thread_time() - on_core)
+def in_threads(work: Work, limiter: anyio.CapacityLimiter) -> Predict:
+    """Has chunks predicted by threads of this process.
+
+    Args:
+        limiter: how many predict calls run at once, over all runs.
+    """
+
+    async def predict(rows: pa.Table) -> Predicted:
+        return await in_thread(partial(work, rows), limiter)
+
+    return predict
 
 
 async def in_thread[T](work: Callable[[], T], limiter: anyio.CapacityLimiter) -> T:
@@ -406,40 +404,63 @@ async def in_thread[T](work: Callable[[], T], limiter: anyio.CapacityLimiter) ->
             release()
 
 
-class _Told:
-    """The columns that say when and by which model: the same for each row, so made once."""
+class Work:
+    """What there is to do for each chunk of a run.
 
-    def __init__(self, plan: Plan) -> None:
+    Args:
+        schema: of the rows to be made; see `output_schema`.
+        threads: that a call may take; None: as many as it likes.
+    """
+
+    def __init__(
+        self, predictor: Predictor, plan: Plan, schema: pa.Schema, threads: Threads | None = None
+    ) -> None:
+        self._predictor = predictor
+        self._schema = schema
+        self._threads = threads
+        # What says when and by which model: the same for each row, so made once.
         self._values = (
             pa.scalar(plan.predicted_at, pa.timestamp("us", "UTC")),
             pa.scalar(plan.model_name, pa.string()),
             pa.scalar(plan.model_version, pa.string()),
         )
-        self._arrays: list[pa.Array] = []
+        self._told: list[pa.Array] = []
 
-    def arrays(self, rows: int) -> list[pa.Array]:
-        if not self._arrays or len(self._arrays[0]) < rows:
-            self._arrays = [pa.repeat(value, rows) for value in self._values]
-        return [array.slice(0, rows) for array in self._arrays]
+    def __call__(self, rows: pa.Table) -> Predicted:
+        """Predicts a chunk, in this thread.
+
+        Raises:
+            Blame: the model raised.
+        """
+        start, on_core = time.perf_counter(), time.thread_time()
+        work = partial(self._predict, rows)
+        batches = work() if self._threads is None else self._threads.call(work)
+        cost = Cost(time.perf_counter() - start, time.thread_time() - on_core)
+        return Predicted(batches, cost)
+
+    def _predict(self, rows: pa.Table) -> list[pa.RecordBatch]:
+        try:
+            predicted = self._predictor(rows)
+        except BaseException as error:  # A panic in Rust, where polars is written, is no Exception.
+            raise _blame(self._predictor, rows, error) from error
+        ids = [rows.column(name) for name in self._schema.names[: -len(predicted) - len(TOLD)]]
+        columns = [*ids, *predicted, *self._constants(rows.num_rows)]
+        table = pa.Table.from_arrays(columns, schema=self._schema)
+        return table.combine_chunks().to_batches()
+
+    def _constants(self, rows: int) -> list[pa.Array]:
+        told = self._told
+        if not told or len(told[0]) < rows:
+            # Another thread may do the same; either will do.
+            told = self._told = [pa.repeat(value, rows) for value in self._values]
+        return [array.slice(0, rows) for array in told]
 
 
-def _predict_chunk(
-    predictor: Predictor, chunk: pa.Table, told: _Told, schema: pa.Schema
-) -> list[pa.RecordBatch]:
-    try:
-        predicted = predictor(chunk)
-    except BaseException as error:  # A panic in Rust, where polars is written, is no Exception.
-        raise _blame(predictor, chunk, error) from error
-    ids = [chunk.column(name) for name in schema.names[: -len(predicted) - len(TOLD)]]
-    table = pa.Table.from_arrays([*ids, *predicted, *told.arrays(chunk.num_rows)], schema=schema)
-    return table.combine_chunks().to_batches()
-
-
-class _Blame(Exception):
+class Blame(Exception):
     """What the model raised, and at which row of its chunk where one row alone is enough."""
 
     def __init__(self, kind: str, message: str | None, rows: int, row: int | None) -> None:
-        super().__init__(kind)
+        super().__init__(kind, message, rows, row)  # All, or it could not be pickled.
         self._kind, self._message, self._rows, self._row = kind, message, rows, row
 
     def named(self, stream: int, first_row: int) -> ModelRaised:
@@ -459,7 +480,7 @@ class _Blame(Exception):
         )
 
 
-def _blame(predictor: Predictor, chunk: pa.Table, error: BaseException) -> _Blame:
+def _blame(predictor: Predictor, chunk: pa.Table, error: BaseException) -> Blame:
     """Finds the first row that the model raises on, by halving the chunk.
 
     The message of an exception may quote values, so only what the model says of that single row
@@ -471,10 +492,10 @@ def _blame(predictor: Predictor, chunk: pa.Table, error: BaseException) -> _Blam
         fine, bad = (fine, middle) if _raised(predictor, chunk.slice(0, middle)) else (middle, bad)
     row = chunk.slice(bad - 1, 1)
     if (alone := _raised(predictor, row)) is None:
-        return _Blame(type(error).__name__, None, chunk.num_rows, None)
+        return Blame(type(error).__name__, None, chunk.num_rows, None)
     message = str(alone)[:_MOST_READ]
     said = redacted(message, _quoted(message, row.select(predictor.features)))
-    return _Blame(type(alone).__name__, said, chunk.num_rows, bad - 1)
+    return Blame(type(alone).__name__, said, chunk.num_rows, bad - 1)
 
 
 def _raised(predictor: Predictor, rows: pa.Table) -> BaseException | None:

@@ -10,7 +10,6 @@ is measured by `benchmarks/chunk_sizes.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 # Where growth begins: a scikit-learn pipeline's fixed cost, about a millisecond, is shared by this
@@ -64,7 +63,6 @@ class ChunkSize:
         self._best_rows, self._best = self.rows, math.inf
         self._quickest = self._soonest = math.inf
         self._calls = self._misses = 0
-        self._followers: list[Callable[[], None]] = []
 
     def learn(self, rows: int, cost: Cost, size: int) -> None:
         """Takes note of a call: its rows, what it cost, and the bytes of its chunk."""
@@ -100,13 +98,7 @@ class ChunkSize:
         if self.rows <= FEWEST_ROWS:
             return False
         self._settle(max(self.rows // 2, FEWEST_ROWS))
-        for follow in self._followers:
-            follow()
         return True
-
-    def follow(self, shrink: Callable[[], None]) -> None:
-        """Has `shrink` called whenever the chunks are halved for want of memory."""
-        self._followers.append(shrink)
 
     def _settle(self, rows: int) -> None:
         self.rows, self.settled = rows, True

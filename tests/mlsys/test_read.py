@@ -352,7 +352,7 @@ async def test_the_session_asks_for_what_was_asked_for(
     [call] = server.of("CreateReadSession")
     asked = call.request
     assert asked.parent == "projects/my-project"
-    assert asked.max_stream_count == 7
+    assert asked.max_stream_count == asked.preferred_min_stream_count == 7
     assert asked.read_session.table == TABLE.resource
     assert list(asked.read_session.read_options.selected_fields) == ["b", "a"]
     assert asked.read_session.read_options.row_restriction == "a > 1"

@@ -201,6 +201,18 @@ class PythonPerRow(Doubles):
         return super().predict(rows)
 
 
+_MEETING = threading.Barrier(2)
+
+
+class Meets(Doubles):
+    """Answers several rows only while another call is at work as well."""
+
+    def predict(self, rows: Any) -> np.ndarray:
+        if len(rows) > 1:
+            _MEETING.wait(_PATIENCE)
+        return super().predict(rows)
+
+
 class EatsMemory(Doubles):
     """Takes and keeps so many MiB more in each call, which goes on for a while after that."""
 

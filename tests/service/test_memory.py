@@ -360,7 +360,7 @@ def test_a_run_that_takes_too_much_fails_and_the_service_lives_on(
     eats, doubles = cloud.publish(eats), cloud.publish(models.Doubles())
     run_id = cloud.name("eats")
     env = process_environment(
-        **servers.env, READ_STREAMS="1", CHUNK_ROWS="100", MEMORY_LIMIT_BYTES=str(LIMIT)
+        **servers.env, PREDICT_THREADS="1", CHUNK_ROWS="100", MEMORY_LIMIT_BYTES=str(LIMIT)
     )
     with service_process(env) as process, Client(base_url=process.url, timeout=PATIENCE) as client:
         failed = client.predict(table, output, eats, run_id=run_id)

@@ -63,6 +63,31 @@ def test_all_streams_are_committed_together_when_each_is_finished(
     assert rows.asked[-1][0] == "BatchCommitWriteStreams"
 
 
+def test_one_read_stream_is_predicted_and_appended_on_every_core(
+    start_behind: Callable[..., Client], rows: RowsProxy, cloud: Cloud, table: str
+) -> None:
+    output, model = cloud.new_table(), cloud.publish(models.Meets())
+    service = start_behind(read_streams=4, predict_threads=2)
+
+    response = service.predict(table, output, model, chunk_rows=250)
+
+    assert response.json()["rows"] == 1000, response.text
+    assert len(rows.messages("ReadRows")) == 1
+    [message] = rows.messages("BatchCommitWriteStreams")
+    streams = types.BatchCommitWriteStreamsRequest.deserialize(message).write_streams
+    assert len(set(streams)) == 2
+    told = cloud.query(f"SELECT id, Prediction FROM `{output}` ORDER BY id")
+    assert [tuple(row) for row in told] == [(n, 2 * n) for n in range(1000)]
+
+
+def test_a_table_of_one_chunk_has_one_write_stream(
+    start_behind: Callable[..., Client], rows: RowsProxy, cloud: Cloud, table: str, doubles: str
+) -> None:
+    start_behind(predict_threads=2).predict(table, cloud.new_table(), doubles, chunk_rows=600)
+
+    assert len(rows.messages("CreateWriteStream")) == 1
+
+
 def test_only_the_columns_that_are_needed_are_read_and_the_filter_is_bigquerys(
     start_behind: Callable[..., Client], rows: RowsProxy, cloud: Cloud, table: str, doubles: str
 ) -> None:

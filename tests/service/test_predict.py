@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from decimal import Decimal
+from functools import partial
 from typing import Any
 
 import anyio
@@ -60,10 +61,20 @@ from mlsys.errors import ModelRaised, ModelUnusable
 from mlsys.frame import FrameKind, to_frame
 from mlsys.names import TableRef
 from mlsys.tables import BIGQUERY_TO_ARROW, TableInfo, bigquery_column
+from mlsys.tasks import task_group
 from service.contract import PredictRequest
-from service.plan import Columns, Feature, ModelNeeds, Plan, make_plan, result_columns
-from service.predict import Predictor, describe, predict_stream
+from service.plan import (
+    Columns,
+    Feature,
+    ModelNeeds,
+    Plan,
+    make_plan,
+    output_schema,
+    result_columns,
+)
+from service.predict import Predict, Predictor, Work, describe, in_threads, predict_stream
 from service.sizing import ChunkSize
+from service.source import Source
 from tests.service.estimators import (
     Answers,
     CountingLogistic,
@@ -872,6 +883,16 @@ def sizes_of(plan: Plan) -> ChunkSize:
     return ChunkSize(plan.chunk_rows, most_bytes=2**23)
 
 
+def predicting(
+    predictor: Predictor,
+    plan: Plan,
+    batches: Sequence[pa.RecordBatch],
+    limiter: anyio.CapacityLimiter | None = None,
+) -> Predict:
+    schema = output_schema(plan, batches[0].schema) if batches else pa.schema([])
+    return in_threads(Work(predictor, plan, schema), limiter or anyio.CapacityLimiter(1))
+
+
 async def stream(
     predictor: Predictor,
     plan: Plan,
@@ -883,19 +904,16 @@ async def stream(
     """Runs the stage on batches that are all there; returns what it sent, or raises."""
     batches_in, batches_out = anyio.create_memory_object_stream[pa.RecordBatch](math.inf)
     results_in, results_out = anyio.create_memory_object_stream[pa.RecordBatch](math.inf)
-    with results_out:
+    with batches_out, results_out:
         with batches_in:
             for batch in batches:
                 batches_in.send_nowait(batch)
         with anyio.fail_after(PATIENCE):
             await predict_stream(
-                predictor,
-                plan,
-                batches_out,
+                predicting(predictor, plan, batches, limiter),
+                Source(batches_out, number),
                 results_in,
-                limiter=limiter or anyio.CapacityLimiter(1),
                 sizes=sizes_of(plan),
-                stream=number,
             )
             return [result async for result in results_out]
 
@@ -1001,24 +1019,56 @@ def test_every_row_before_the_chunk_that_failed_has_gone_on() -> None:
     async def main() -> None:
         batches_in, batches_out = anyio.create_memory_object_stream[pa.RecordBatch](math.inf)
         results_in, results_out = anyio.create_memory_object_stream[pa.RecordBatch](math.inf)
-        with batches_in, results_out:
+        with batches_in, batches_out, results_out:
             batches_in.send_nowait(rows.to_batches()[0])
             with pytest.raises(ModelRaised):
                 await predict_stream(
-                    predictor,
-                    plan,
-                    batches_out,
+                    predicting(predictor, plan, rows.to_batches()),
+                    Source(batches_out),
                     results_in,
-                    limiter=anyio.CapacityLimiter(1),
                     sizes=sizes_of(plan),
                 )
+            # Its end is closed, so that who appends what it sends comes to an end too.
             sent.extend([each async for result in results_out for each in result["id"].to_pylist()])
-            # Both of its ends are closed, so that its neighbours end too.
-            with pytest.raises(anyio.BrokenResourceError):
-                batches_in.send_nowait(rows.to_batches()[0])
 
     anyio.run(main)
     assert sent == list(range(20))
+
+
+@pytest.mark.parametrize("wrong", [None, 0, 777, 1999])
+def test_several_who_predict_one_source_have_every_row_once_and_tell_its_place(
+    wrong: int | None,
+) -> None:
+    rows = numbers(2000)
+    predictor = described(RaisesOn(*[] if wrong is None else [wrong / 2]), rows.select(["x"]))
+    plan = plan_for(predictor, rows, ids=["id"], chunk_rows=30)
+
+    async def main() -> list[pa.RecordBatch]:
+        batches_in, batches_out = anyio.create_memory_object_stream[pa.RecordBatch](math.inf)
+        results_in, results_out = anyio.create_memory_object_stream[pa.RecordBatch](math.inf)
+        with batches_out, results_out:
+            with batches_in, results_in:
+                for batch in rows.to_batches(max_chunksize=70):
+                    batches_in.send_nowait(batch)
+                source, sizes = Source(batches_out, 4), sizes_of(plan)
+                predict = predicting(predictor, plan, rows.to_batches(), anyio.CapacityLimiter(3))
+                batches_in.close()
+                async with task_group() as tasks:
+                    for _ in range(3):
+                        work = partial(
+                            predict_stream, predict, source, results_in.clone(), sizes=sizes
+                        )
+                        tasks.start_soon(work)
+            return [result async for result in results_out]
+
+    if wrong is not None:
+        with pytest.raises(ModelRaised) as caught:
+            anyio.run(main)
+        assert caught.value.members == {"exception": "ZeroDivisionError", "stream": 4, "row": wrong}
+        return
+    result = pa.Table.from_batches(anyio.run(main))
+    assert sorted(result["id"].to_pylist()) == list(range(2000))
+    assert result["Prediction"].to_pylist() == [number / 2 for number in result["id"].to_pylist()]
 
 
 def raises_unless_alone(rows: pd.DataFrame) -> pd.Series:
@@ -1284,17 +1334,15 @@ def test_a_run_that_is_cancelled_ends_at_once_though_the_model_is_at_work() -> N
         plan = plan_for(predictor, rows, chunk_rows=5)
         batches_in, batches_out = anyio.create_memory_object_stream[pa.RecordBatch](math.inf)
         results_in, results_out = anyio.create_memory_object_stream[pa.RecordBatch](math.inf)
-        with batches_in, results_out:
+        with batches_in, batches_out, results_out:
             batches_in.send_nowait(rows.to_batches()[0])
             with anyio.fail_after(PATIENCE):
                 async with anyio.create_task_group() as tasks:
                     tasks.start_soon(
                         lambda: predict_stream(
-                            predictor,
-                            plan,
-                            batches_out,
+                            predicting(predictor, plan, rows.to_batches()),
+                            Source(batches_out),
                             results_in,
-                            limiter=anyio.CapacityLimiter(1),
                             sizes=sizes_of(plan),
                         )
                     )

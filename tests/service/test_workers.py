@@ -40,17 +40,20 @@ def start(start_service: Callable[..., Client]) -> Callable[..., Client]:
     )
 
 
+@pytest.mark.parametrize("streams", [1, 2, 3])
 def test_a_model_that_holds_the_interpreter_is_predicted_by_processes(
-    start: Callable[..., Client], cloud: Cloud, table: str
+    start: Callable[..., Client], cloud: Cloud, table: str, streams: int
 ) -> None:
     output, model = cloud.new_table(), cloud.publish(models.PythonPerRow(MICROS))
-    service = start()
+    service = start(read_streams=streams)
 
     with log_lines() as lines:
         response = service.predict(table, output, model)
 
     assert response.json()["rows"] == MANY, response.text
     assert lines.wait_for("model tried")["processes"]
+    assert lines.wait_for("run started")["streams"] == streams
+    assert len({lines.wait_for("worker started")["pid"] for _ in range(2)}) == 2
     [told] = cloud.query(
         "SELECT COUNT(*) AS n, COUNT(DISTINCT id) AS ids, SUM(id) AS sum, "
         f"COUNTIF(Prediction != 2 * id) AS wrong FROM `{output}`"

@@ -1,0 +1,83 @@
+"""The rows of a read stream, as chunks for whoever asks for the next one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import anyio
+import pyarrow as pa
+from anyio.abc import ObjectReceiveStream
+
+from mlsys.chunk import Rechunker
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Rows that follow each other in their stream, the first of which is its `first_row` there."""
+
+    first_row: int
+    rows: pa.Table
+
+
+class Source:
+    """A read stream that is being read. Several may take its chunks: each goes to one of them.
+
+    Args:
+        batches: what is read, which is closed by whoever opened it: a stage that fails would break
+            the reader off, and be heard after it.
+        number: of the stream among those of the run.
+    """
+
+    def __init__(self, batches: ObjectReceiveStream[pa.RecordBatch], number: int = 0) -> None:
+        self.number = number
+        self._batches = batches
+        self._peeked: pa.RecordBatch | None = None
+        self._rechunker = Rechunker(1)
+        self._chunks: Iterator[pa.Table] = iter(())
+        self._at_end = False
+        self._first_row = 0
+        self._turn = anyio.Lock(fast_acquire=True)
+        self._rows = 0
+        self._ended = anyio.Event()
+
+    async def peek(self) -> pa.RecordBatch:
+        """The next batch that has rows, which stays the next; not while chunks are taken.
+
+        Raises:
+            anyio.EndOfStream: there is none.
+        """
+        while self._peeked is None or not self._peeked.num_rows:
+            self._peeked = await self._batches.receive()
+        return self._peeked
+
+    async def chunk(self, rows: int) -> Chunk | None:
+        """The next so many rows, or as many as there are left; None: there are none."""
+        async with self._turn:
+            self._rechunker.rows = rows
+            while (chunk := next(self._chunks, None)) is None:
+                if self._at_end:
+                    return None
+                try:
+                    self._chunks = self._rechunker.push(await self._receive())
+                except anyio.EndOfStream:
+                    self._at_end, self._chunks = True, self._rechunker.rest()
+            first_row = self._first_row
+            self._first_row += chunk.num_rows
+            return Chunk(first_row, chunk)
+
+    async def _receive(self) -> pa.RecordBatch:
+        if self._peeked is None:
+            return await self._batches.receive()
+        batch, self._peeked = self._peeked, None
+        return batch
+
+    def end(self, rows: int) -> None:
+        """Tells how many rows were read, when all are."""
+        self._rows = rows
+        self._ended.set()
+
+    async def rows(self) -> int:
+        """How many rows were read, once all are."""
+        await self._ended.wait()
+        return self._rows

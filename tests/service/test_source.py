@@ -1,0 +1,108 @@
+"""A read stream's rows go to whoever asks for them: each once, and with its place."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import anyio
+import pyarrow as pa
+import pytest
+
+from service.source import Chunk, Source
+from tests.mlsys.storage_server import ids
+
+pytestmark = pytest.mark.anyio
+
+
+@contextmanager
+def source_of(*batches: pa.RecordBatch) -> Iterator[Source]:
+    sent, received = anyio.create_memory_object_stream[pa.RecordBatch](math.inf)
+    with received:
+        with sent:
+            for batch in batches:
+                sent.send_nowait(batch)
+        yield Source(received)
+
+
+async def test_chunks_follow_each_other_and_the_last_is_what_is_left() -> None:
+    with source_of(ids(0, 5), ids(5, 5), ids(5, 9)) as source:
+        assert await source.chunk(4) == Chunk(0, pa.table(ids(0, 4)))
+        # Of as many rows as are asked for this time.
+        assert await source.chunk(2) == Chunk(4, pa.table(ids(4, 6)))
+        assert await source.chunk(100) == Chunk(6, pa.table(ids(6, 9)))
+        assert await source.chunk(100) is None
+        assert await source.chunk(1) is None
+
+
+async def test_without_rows_there_is_no_chunk() -> None:
+    with source_of(ids(0, 0)) as of_no_rows, source_of() as of_nothing:
+        assert await of_no_rows.chunk(1) is None
+        assert await of_nothing.chunk(1) is None
+
+
+async def test_what_was_peeked_at_is_in_the_next_chunk() -> None:
+    with source_of(ids(0, 0), ids(0, 3), ids(3, 4)) as source:
+        assert await source.peek() == await source.peek() == ids(0, 3)
+        assert await source.chunk(10) == Chunk(0, pa.table(ids(0, 4)))
+
+
+async def test_nothing_to_peek_at_is_told() -> None:
+    with source_of(ids(0, 0)) as source, pytest.raises(anyio.EndOfStream):
+        await source.peek()
+
+
+async def test_rows_go_to_one_of_those_who_ask_at_once() -> None:
+    dice = random.Random(20261128)
+    sizes = [dice.choice([0, 1, 3, 50]) for _ in range(100)]
+    ends = [sum(sizes[: n + 1]) for n in range(len(sizes))]
+    batches = [ids(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+    taken: list[Chunk] = []
+
+    async def take(source: Source) -> None:
+        while (chunk := await source.chunk(dice.randrange(1, 40))) is not None:
+            taken.append(chunk)
+            await anyio.sleep(dice.choice([0, 0.0005]))
+
+    with source_of(*batches) as source:
+        async with anyio.create_task_group() as tasks:
+            for _ in range(4):
+                tasks.start_soon(take, source)
+
+    assert len(taken) > 20
+    for chunk in taken:
+        first, rows = chunk.first_row, chunk.rows.num_rows
+        assert chunk.rows["id"].to_pylist() == list(range(first, first + rows))
+    assert sorted(n for each in taken for n in each.rows["id"].to_pylist()) == list(range(ends[-1]))
+
+
+async def test_who_is_cancelled_while_waiting_leaves_the_rows_to_others() -> None:
+    sent, received = anyio.create_memory_object_stream[pa.RecordBatch](math.inf)
+    with sent, received:
+        source = Source(received)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(source.chunk, 4)
+            await anyio.wait_all_tasks_blocked()
+            sent.send_nowait(ids(0, 3))
+            await anyio.wait_all_tasks_blocked()
+            tasks.cancel_scope.cancel()
+        sent.send_nowait(ids(3, 5))
+
+        assert await source.chunk(4) == Chunk(0, pa.table(ids(0, 4)))
+
+
+async def test_how_many_rows_were_read_is_known_at_the_end() -> None:
+    told = []
+
+    async def ask(source: Source) -> None:
+        told.append(await source.rows())
+
+    with source_of() as source:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(ask, source)
+            await anyio.wait_all_tasks_blocked()
+            assert told == []
+            source.end(7)
+    assert told == [7]
