@@ -15,12 +15,13 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
+from typing import Any
 
 import anyio
 import anyio.to_thread
@@ -41,8 +42,9 @@ from service.threads import Threads
 
 _log = structlog.get_logger(__name__)
 
-# What a worker was seen to hold beside the pages that it shares.
-WORKER_BYTES = 160 * 2**20
+# What a worker was seen to hold, with its share of what it has in common with others (its PSS), and
+# with its part of the server.
+WORKER_BYTES = 190 * 2**20
 
 _END_SECONDS = 5
 
@@ -108,9 +110,13 @@ class _Worker:
             await anyio.to_thread.run_sync(self._process.start)
             self._theirs.close()
             _log.info("worker started", pid=self._process.pid)
+            await self._call(partial(_hear, self._ours))
+        return await self._call(partial(_exchange, self._ours, rows))
+
+    async def _call[T](self, call: Callable[[], T]) -> T:
         try:
             return await anyio.to_thread.run_sync(
-                partial(_exchange, self._ours, rows), limiter=self._limiter, abandon_on_cancel=True
+                call, limiter=self._limiter, abandon_on_cancel=True
             )
         except (EOFError, OSError):
             await self.end()
@@ -129,11 +135,16 @@ class _Worker:
 
 def _exchange(worker: Connection, rows: pa.Table) -> Predicted:
     _send_rows(worker, rows.schema, rows.to_batches())
+    cost = _hear(worker)
+    return Predicted(_receive_rows(worker), cost)
+
+
+def _hear(worker: Connection) -> Any:
     match worker.recv():
         case BaseException() as error:
             raise error
-        case cost:
-            return Predicted(_receive_rows(worker), cost)
+        case told:
+            return told
 
 
 def _send_rows(
@@ -159,7 +170,9 @@ def _main(parent: Connection, assignment: Assignment) -> None:
     log_retries()
     structlog.contextvars.bind_contextvars(run_id=assignment.plan.run_id)
     try:
-        _answer(parent, anyio.run(_work, assignment), assignment.schema)
+        work = anyio.run(_work, assignment)
+        parent.send("ready")
+        _answer(parent, work, assignment.schema)
     except MlsysError as error:
         parent.send(error)
     except (EOFError, OSError):

@@ -102,6 +102,17 @@ def test_a_process_that_is_killed_ends_the_run_and_nothing_is_written(
     assert_nothing_appended(cloud, output)
 
 
+def test_a_model_that_a_process_can_not_load_is_told_as_such(
+    start: Callable[..., Client], cloud: Cloud, table: str
+) -> None:
+    output, model = cloud.new_table(), cloud.publish(models.StaysAtHome(MICROS))
+
+    response = start().predict(table, output, model, chunk_rows=50_000)
+
+    assert_problem(response, 500, "can't be unpickled", "ArithmeticError")
+    assert_nothing_appended(cloud, output)
+
+
 def test_a_caller_who_goes_away_ends_the_processes(
     start: Callable[..., Client], cloud: Cloud, table: str
 ) -> None:
