@@ -49,9 +49,10 @@ def main() -> None:
                         running.predict(kind, min(FIRST_ROWS, many))
                     measured = running.predict(kind, many)
                 report.add(model=kind.title, case=case, **measured.told())
-    *alone, chosen, _ = (row["rows_per_second"] for row in report.rows[: len(CASES)])
+    *alone, chosen, one_stream = (row["rows_per_second"] for row in report.rows[: len(CASES)])
     what = "text vectorizer: as chosen, over one process"
     report.check(what, chosen / max(alone), least=WANTED)
+    report.check("one read stream, over as many as cores", one_stream / chosen, least=0.9)
     report.save(lambda figure: draw(report, figure))
 
 

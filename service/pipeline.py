@@ -1,12 +1,13 @@
 """One run: prepared, carried out shard by shard, its streams committed last.
 
-A run is cut into shards (`service/shard.py`), one a core at least, which run side by side. Their
-predict calls are made in threads, or where the model holds the interpreter, in processes. When all
-are done and counted, one call commits what they have written.
+A run is cut into shards (`service/shard.py`), which run side by side on all cores. Their predict
+calls are made in threads, or where the model holds the interpreter, in processes. When all are done
+and counted, one call commits what they have written.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ class Job:
     """A run that can start: what to do with which rows, and the model that it is done with.
 
     `schema` is that of the rows to be appended. `table_rows` are those of the table, which a filter
-    may leave fewer of.
+    may leave fewer of; 0: not known, as where all were streamed into it just now.
     """
 
     plan: Plan
@@ -59,6 +60,12 @@ class Job:
     model: Model
     sizes: ChunkSize
     table_rows: int
+
+    def shards(self, cores: int) -> int:
+        """How many shards there are: one a core, as long as each has a chunk, or a read stream."""
+        streams = len(self.session.streams)
+        chunks = math.ceil(self.table_rows / self.sizes.rows) or cores
+        return max(streams, min(cores, chunks)) if streams else 0
 
 
 async def prepare(
@@ -223,8 +230,10 @@ async def append(
                 progress=progress,
             )
             counts = await run_shards(shards, sources, means)
-    await _finalize(clients, shards, counts, settings)
-    return tuple(shard.sink for shard in shards), sum(counts.values())
+    # A shard that others, or a filter, left without rows has nothing to commit.
+    filled = [shard for shard in shards if counts[shard.number]]
+    await _finalize(clients, filled, counts, settings)
+    return tuple(shard.sink for shard in filled), sum(counts.values())
 
 
 @asynccontextmanager
@@ -289,11 +298,8 @@ async def commit(
 
 
 async def _create_shards(clients: Clients, job: Job, settings: Settings, cores: int) -> list[Shard]:
-    """A shard a read stream; where those are fewer than cores, several share one."""
-    streams = job.session.streams
-    # No more than have a chunk each.
-    most = min(cores, job.table_rows // job.sizes.rows) if streams else 0
-    sinks = [""] * max(len(streams), most)
+    """Several share a read stream where there are more of them."""
+    sinks = [""] * job.shards(cores)
 
     async def create(number: int) -> None:
         sinks[number] = await create_stream(
@@ -305,7 +311,7 @@ async def _create_shards(clients: Clients, job: Job, settings: Settings, cores: 
             tasks.start_soon(create, number)
     return [
         Shard(number, source, sink)
-        for number, (source, sink) in enumerate(zip(cycle(streams), sinks, strict=False))
+        for number, (source, sink) in enumerate(zip(cycle(job.session.streams), sinks))
     ]
 
 
@@ -318,7 +324,8 @@ async def _workers(
     fits: Callable[[int], bool],
 ) -> int:
     """In how many processes the model is to predict; 0: in this one."""
-    calls = min(int(limiter.total_tokens), settings.worker_processes)
+    cores = int(limiter.total_tokens)
+    calls = min(cores, settings.worker_processes, job.shards(cores))
     if calls < 2 or not fits(calls * WORKER_BYTES):
         return 0
     bound = await interpreter_bound(

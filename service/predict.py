@@ -360,9 +360,8 @@ async def predict_stream(
         while (chunk := await source.chunk(sizes.rows)) is not None:
             batches = await predicted(chunk)
             del chunk  # Or it would stay in memory until the next has come; so would its batch.
-            for batch in batches:
-                await out.send(batch)
-            del batches
+            while batches:
+                await out.send(batches.pop(0))
 
 
 def in_threads(work: Work, limiter: anyio.CapacityLimiter) -> Predict:

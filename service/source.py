@@ -52,7 +52,10 @@ class Source:
         return self._peeked
 
     async def chunk(self, rows: int) -> Chunk | None:
-        """The next so many rows, or as many as there are left; None: there are none."""
+        """The next so many rows, or as many as there are left; None: there are none.
+
+        Where another's call was cancelled, as many as it had asked for.
+        """
         async with self._turn:
             self._rechunker.rows = rows
             while (chunk := next(self._chunks, None)) is None:

@@ -19,7 +19,7 @@ import pyarrow as pa
 import structlog
 
 from service.predict import in_thread
-from service.shard import Source
+from service.source import Source
 from service.threads import Threads
 
 _log = structlog.get_logger(__name__)

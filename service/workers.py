@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -38,6 +37,7 @@ from service.memory import reuse_memory
 from service.model import load_estimator
 from service.plan import Plan
 from service.predict import Blame, Predict, Predicted, Predictor, Work
+from service.sizing import Cost
 from service.threads import Threads
 
 _log = structlog.get_logger(__name__)
@@ -46,6 +46,7 @@ _log = structlog.get_logger(__name__)
 # with its part of the server.
 WORKER_BYTES = 190 * 2**20
 
+_READY = "ready"
 _END_SECONDS = 5
 
 
@@ -70,11 +71,12 @@ async def in_processes(assignment: Assignment, count: int) -> AsyncIterator[Pred
     """
     bare = replace(assignment, predictor=replace(assignment.predictor, estimator=None))
     workers = [_Worker(bare) for _ in range(count)]
-    idle, free = deque(workers), anyio.Semaphore(count, fast_acquire=True)
+    idle, free = list(workers), anyio.Semaphore(count, fast_acquire=True)
 
     async def predict(rows: pa.Table) -> Predicted:
         async with free:
-            worker = idle.popleft()
+            # The last that was busy, so that none is started which is not needed.
+            worker = idle.pop()
             try:
                 return await worker.predict(rows)
             finally:
@@ -83,6 +85,8 @@ async def in_processes(assignment: Assignment, count: int) -> AsyncIterator[Pred
     try:
         yield predict
     finally:
+        for worker in workers:
+            worker.kill()
         for worker in workers:
             await worker.end()
 
@@ -101,42 +105,61 @@ class _Worker:
         self._ours, self._theirs = _context().Pipe()
         arguments = (self._theirs, assignment)
         self._process = _context().Process(target=_main, args=arguments, daemon=True)
-        # It waits for as long as a call lasts.
+        # A call waits for as long as the model takes. It may be abandoned, and goes on for a while.
         self._limiter = anyio.CapacityLimiter(1)
+        self._in_use = threading.Lock()
 
     async def predict(self, rows: pa.Table) -> Predicted:
-        """One call at a time. One that is cancelled leaves the worker for nothing but its end."""
-        if self._process.pid is None:
-            await anyio.to_thread.run_sync(self._process.start)
-            self._theirs.close()
-            _log.info("worker started", pid=self._process.pid)
-            await self._call(partial(_hear, self._ours))
-        return await self._call(partial(_exchange, self._ours, rows))
-
-    async def _call[T](self, call: Callable[[], T]) -> T:
+        """One call at a time. One that is cancelled ends the process: its answer would be next."""
         try:
-            return await anyio.to_thread.run_sync(
-                call, limiter=self._limiter, abandon_on_cancel=True
-            )
+            if self._process.pid is None:
+                await anyio.to_thread.run_sync(self._process.start)
+                self._theirs.close()
+                _log.info("worker started", pid=self._process.pid)
+                await self._call(partial(_hear, self._ours))
+            return await self._call(partial(_exchange, self._ours, rows))
         except (EOFError, OSError):
             await self.end()
             raise Unavailable(
                 f"A process of this run ended (exit status {self._process.exitcode}). Nothing was "
                 "written. If it ends so again, give the service more memory."
             ) from None
+        except anyio.get_cancelled_exc_class():
+            await self.end()
+            raise
+
+    async def _call[T](self, call: Callable[[], T]) -> T:
+        def alone() -> T:
+            with self._in_use:
+                return call()
+
+        return await anyio.to_thread.run_sync(alone, limiter=self._limiter, abandon_on_cancel=True)
+
+    def kill(self) -> None:
+        """There is nothing in it that would be lost."""
+        if self._process.pid is not None:
+            self._process.kill()
 
     async def end(self) -> None:
-        """Sees it to its end; there is nothing in it that would be lost."""
+        """Sees it to its end."""
         with anyio.CancelScope(shield=True):
-            if self._process.pid is not None:
-                self._process.kill()
-                await anyio.to_thread.run_sync(self._process.join, _END_SECONDS)
+            await anyio.to_thread.run_sync(self._end)
+
+    def _end(self) -> None:
+        self.kill()
+        if self._process.pid is not None:
+            self._process.join(_END_SECONDS)
+        # A call that was abandoned hears that its process has ended.
+        if self._in_use.acquire(timeout=_END_SECONDS):
+            self._ours.close()
+            self._theirs.close()
+            self._in_use.release()
 
 
 def _exchange(worker: Connection, rows: pa.Table) -> Predicted:
-    _send_rows(worker, rows.schema, rows.to_batches())
-    cost = _hear(worker)
-    return Predicted(_receive_rows(worker), cost)
+    worker.send_bytes(_packed(rows.schema, rows.to_batches()))
+    cost, data = _hear(worker)
+    return Predicted(_unpacked(data), cost)
 
 
 def _hear(worker: Connection) -> Any:
@@ -147,18 +170,16 @@ def _hear(worker: Connection) -> Any:
             return told
 
 
-def _send_rows(
-    connection: Connection, schema: pa.Schema, batches: Iterable[pa.RecordBatch]
-) -> None:
+def _packed(schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> pa.Buffer:
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, schema) as writer:
         for batch in batches:
             writer.write_batch(batch)
-    connection.send_bytes(sink.getvalue())
+    return sink.getvalue()
 
 
-def _receive_rows(connection: Connection) -> list[pa.RecordBatch]:
-    return list(pa.ipc.open_stream(pa.py_buffer(connection.recv_bytes())))
+def _unpacked(data: bytes | pa.Buffer) -> list[pa.RecordBatch]:
+    return list(pa.ipc.open_stream(data))
 
 
 def _main(parent: Connection, assignment: Assignment) -> None:
@@ -171,15 +192,14 @@ def _main(parent: Connection, assignment: Assignment) -> None:
     structlog.contextvars.bind_contextvars(run_id=assignment.plan.run_id)
     try:
         work = anyio.run(_work, assignment)
-        parent.send("ready")
-        _answer(parent, work, assignment.schema)
+        _tell(parent, _READY)
+        while True:
+            _tell(parent, _answer(work, assignment.schema, _asked(parent)))
     except MlsysError as error:
-        parent.send(error)
-    except (EOFError, OSError):
-        pass  # The parent asks no more.
+        _tell(parent, error)
     except Exception as error:
         _log.exception("worker failed")
-        parent.send(RuntimeError(type(error).__name__))
+        _tell(parent, RuntimeError(type(error).__name__))
     os._exit(0)
 
 
@@ -192,17 +212,26 @@ async def _work(assignment: Assignment) -> Work:
     return Work(predictor, assignment.plan, assignment.schema, Threads(1))
 
 
-def _answer(parent: Connection, work: Work, schema: pa.Schema) -> None:
-    """Predicts whatever comes, until the parent goes."""
-    while True:
-        rows = pa.Table.from_batches(_receive_rows(parent))
-        try:
-            predicted = work(rows)
-        except Blame as blame:
-            parent.send(blame)
-            continue
-        parent.send(predicted.cost)
-        _send_rows(parent, schema, predicted.batches)
+def _asked(parent: Connection) -> bytes:
+    try:
+        return parent.recv_bytes()
+    except (EOFError, OSError):
+        os._exit(0)  # Nothing more.
+
+
+def _tell(parent: Connection, what: object) -> None:
+    try:
+        parent.send(what)
+    except OSError:
+        os._exit(0)  # Nobody listens.
+
+
+def _answer(work: Work, schema: pa.Schema, data: bytes) -> tuple[Cost, pa.Buffer] | Blame:
+    try:
+        predicted = work(pa.Table.from_batches(_unpacked(data)))
+    except Blame as blame:
+        return blame
+    return predicted.cost, _packed(schema, predicted.batches)
 
 
 def _end_with_parent() -> None:

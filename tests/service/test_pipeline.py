@@ -9,6 +9,10 @@ import pyarrow as pa
 import pytest
 from google.cloud.bigquery_storage_v1 import types
 
+from mlsys.names import TableRef
+from mlsys.read import ReadSession
+from service.pipeline import Job
+from service.sizing import ChunkSize
 from tests.conftest import Client, Cloud
 from tests.service import models
 from tests.service.support import (
@@ -80,10 +84,35 @@ def test_one_read_stream_is_predicted_and_appended_on_every_core(
     assert [tuple(row) for row in told] == [(n, 2 * n) for n in range(1000)]
 
 
+@pytest.mark.parametrize(
+    ("streams", "rows", "shards"),
+    [
+        (1, 1000, 4),
+        (1, 301, 4),
+        (1, 300, 3),
+        (1, 1, 1),
+        (6, 1, 6),
+        (2, 1000, 4),
+        (0, 0, 0),
+        # Rows that were streamed in just now: read, but not in the table's count yet.
+        (1, 0, 4),
+    ],
+)
+def test_there_is_a_shard_a_core_where_each_has_a_chunk(
+    streams: int, rows: int, shards: int
+) -> None:
+    names = tuple(f"stream {number}" for number in range(streams))
+    session = ReadSession(TableRef("p", "d", "t"), pa.schema([]), names)
+    sizes = ChunkSize(100, most_bytes=1)
+    job = Job(None, None, session, pa.schema([]), None, sizes, rows)
+
+    assert job.shards(cores=4) == shards
+
+
 def test_a_table_of_one_chunk_has_one_write_stream(
     start_behind: Callable[..., Client], rows: RowsProxy, cloud: Cloud, table: str, doubles: str
 ) -> None:
-    start_behind(predict_threads=2).predict(table, cloud.new_table(), doubles, chunk_rows=600)
+    start_behind(predict_threads=2).predict(table, cloud.new_table(), doubles, chunk_rows=1000)
 
     assert len(rows.messages("CreateWriteStream")) == 1
 

@@ -7,8 +7,9 @@ import math
 import re
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from decimal import Decimal
 from functools import partial
 from typing import Any
@@ -72,8 +73,16 @@ from service.plan import (
     output_schema,
     result_columns,
 )
-from service.predict import Predict, Predictor, Work, describe, in_threads, predict_stream
-from service.sizing import ChunkSize
+from service.predict import (
+    Predict,
+    Predicted,
+    Predictor,
+    Work,
+    describe,
+    in_threads,
+    predict_stream,
+)
+from service.sizing import ChunkSize, Cost
 from service.source import Source
 from tests.service.estimators import (
     Answers,
@@ -1069,6 +1078,37 @@ def test_several_who_predict_one_source_have_every_row_once_and_tell_its_place(
     result = pa.Table.from_batches(anyio.run(main))
     assert sorted(result["id"].to_pylist()) == list(range(2000))
     assert result["Prediction"].to_pylist() == [number / 2 for number in result["id"].to_pylist()]
+
+
+def test_of_a_chunk_that_is_done_nothing_is_kept_while_the_next_is_predicted() -> None:
+    made: list[weakref.ref[pa.RecordBatch]] = []
+
+    async def predict(rows: pa.Table) -> Predicted:
+        assert [each for each in made if each() is not None] == []
+        [batch] = rows.to_batches()
+        made.append(weakref.ref(batch))
+        return Predicted([batch], Cost(0.1, 0.1))
+
+    async def main() -> None:
+        batches_in, batches_out = anyio.create_memory_object_stream[pa.RecordBatch](math.inf)
+        results_in, results_out = anyio.create_memory_object_stream[pa.RecordBatch](0)
+
+        async def drop() -> None:
+            with suppress(anyio.EndOfStream):
+                while True:
+                    await results_out.receive()  # Which no name holds.
+
+        with batches_out, results_out:
+            with batches_in:
+                for _ in range(3):
+                    batches_in.send_nowait(numbers(10).to_batches()[0])
+            async with task_group() as tasks:
+                tasks.start_soon(drop)
+                sizes = ChunkSize(10, most_bytes=1)
+                await predict_stream(predict, Source(batches_out), results_in, sizes=sizes)
+
+    anyio.run(main)
+    assert len(made) == 3
 
 
 def raises_unless_alone(rows: pd.DataFrame) -> pd.Series:

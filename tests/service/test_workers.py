@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from datetime import UTC, datetime
 
+import anyio
 import psutil
+import pyarrow as pa
 import pytest
 
+from mlsys.clients import open_clients
+from mlsys.errors import Unavailable
 from mlsys.local import LocalServers
+from service.contract import PredictRequest
+from service.model import ModelCache
+from service.pipeline import prepare
+from service.workers import Assignment, in_processes
 from tests.conftest import Client, Cloud
 from tests.service import models
 from tests.service.support import (
@@ -111,6 +120,43 @@ def test_a_model_that_a_process_can_not_load_is_told_as_such(
 
     assert_problem(response, 500, "can't be unpickled", "ArithmeticError")
     assert_nothing_appended(cloud, output)
+
+
+def test_after_a_call_that_was_cancelled_a_process_answers_no_other(
+    cloud: Cloud, table: str
+) -> None:
+    model = cloud.publish(models.PythonPerRow(MICROS))
+    request = PredictRequest(**request_for(table, cloud.new_table(), model))
+    settings = cloud.settings
+
+    def rows(count: int) -> pa.Table:
+        return pa.table({"id": pa.array(range(count)), "x": pa.array(range(count), pa.float64())})
+
+    async def main() -> None:
+        async with open_clients(settings) as clients, anyio.create_task_group() as tasks:
+            job = await prepare(
+                request,
+                run_id="cancelled",
+                now=datetime.now(UTC),
+                pins=None,
+                clients=clients,
+                cache=ModelCache(settings.model_cache_bytes, tasks),
+                settings=settings,
+            )
+            found = job.model
+            told = Assignment(
+                job.plan, job.predictor, job.schema, found.blob, found.metadata, settings
+            )
+            async with in_processes(told, 1) as predict:
+                [answer] = (await predict(rows(3))).batches
+                assert answer["Prediction"].to_pylist() == [0.0, 2.0, 4.0]
+                with anyio.move_on_after(0.1) as gone:
+                    await predict(rows(100_000))  # For seconds.
+                assert gone.cancelled_caught
+                with pytest.raises(Unavailable):
+                    await predict(rows(2))
+
+    anyio.run(main)
 
 
 def test_a_caller_who_goes_away_ends_the_processes(
