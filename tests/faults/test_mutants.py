@@ -15,9 +15,11 @@ from tests.faults.rig import PATIENCE, ROWS, Figures, Launcher, Rig, open_rig
 from tests.faults.schedule import undisturbed
 
 AS_IT_IS = ""
-# Fewer than so many writes of its record are left to one that wakes up.
-MOST_UPLOADS = 20
-UPLOAD_SECONDS = 1.0
+# Fewer than so many looks at its record, and writes of it, are left to one that wakes up. Each
+# takes longer than the third of a lease that a try of one has.
+MOST_CALLS = 8
+CALL_SECONDS = 1.0
+JOURNAL = ("runs.upload", "runs.get_metadata", "runs.download")
 
 
 def sleeps_past_its_lease(rig: Rig) -> Figures:
@@ -27,7 +29,9 @@ def sleeps_past_its_lease(rig: Rig) -> Figures:
     wanted = rig.wanted()
     # Or it might find with the next renewal of its lease, before it commits, that the run is lost.
     slow = [
-        Fault("runs.upload", nth, Kind.DELAYED, UPLOAD_SECONDS) for nth in range(1, MOST_UPLOADS)
+        Fault(call, nth, Kind.DELAYED, CALL_SECONDS)
+        for call in JOURNAL
+        for nth in range(1, MOST_CALLS)
     ]
     plan = sleeper.follow([Fault("FinalizeWriteStream", finalized, Kind.STOPPED, 0.0)])
     other.follow(())
