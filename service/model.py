@@ -113,8 +113,11 @@ class _Load:
     error: Exception | None = None
 
 
+_Key = tuple[Blob, Blob | None]
+
+
 class ModelCache:
-    """Estimators by the generation of their object, least recently used first to go.
+    """Estimators by the generations of their files, least recently used first to go.
 
     Args:
         max_bytes: the size of all artifacts whose estimators are kept. One that is larger than
@@ -126,21 +129,27 @@ class ModelCache:
     def __init__(self, max_bytes: int, tasks: TaskGroup, memory: Memory | None = None) -> None:
         self._tasks = tasks
         self._memory = memory
-        self._kept: LRUCache[Blob, tuple[int, Any]] = LRUCache(max_bytes, getsizeof=lambda e: e[0])
-        self._loads: dict[Blob, _Load] = {}
+        self._kept: LRUCache[_Key, tuple[int, Any]] = LRUCache(max_bytes, getsizeof=lambda e: e[0])
+        self._loads: dict[_Key, _Load] = {}
 
-    async def get(self, blob: Blob, load: Callable[[Blob], Any]) -> Any:
+    async def get(
+        self, blob: Blob, load: Callable[[Blob], Any], metadata: Blob | None = None
+    ) -> Any:
         """The estimator of `blob`, from the cache or by awaiting `load(blob)`: once, for all.
+
+        Args:
+            metadata: by whose golden rows it is trusted. Others ask it anew.
 
         Raises:
             Whatever `load` raises; the cache is then as it was.
         """
-        if (kept := self._kept.get(blob)) is not None:
+        key = (blob, metadata)
+        if (kept := self._kept.get(key)) is not None:
             return kept[1]
-        loading = self._loads.get(blob)
+        loading = self._loads.get(key)
         if loading is None:
-            loading = self._loads[blob] = _Load()
-            self._tasks.start_soon(self._load, blob, load, loading)
+            loading = self._loads[key] = _Load()
+            self._tasks.start_soon(self._load, key, load, loading)
         await loading.done.wait()
         if loading.error is not None:
             raise loading.error
@@ -169,11 +178,12 @@ class ModelCache:
         """Lets go of every model that is kept; runs go on with those that they have."""
         self._kept.clear()
 
-    async def _load(self, blob: Blob, load: Callable[[Blob], Any], loading: _Load) -> None:
+    async def _load(self, key: _Key, load: Callable[[Blob], Any], loading: _Load) -> None:
+        blob, _ = key
         try:
             loading.estimator = await load(blob)
             if blob.size <= self._kept.maxsize:
-                self._kept[blob] = (blob.size, loading.estimator)
+                self._kept[key] = (blob.size, loading.estimator)
         except Exception as error:
             loading.error = error
         except anyio.get_cancelled_exc_class():  # The task ends here in any case.
@@ -181,7 +191,7 @@ class ModelCache:
         except BaseException as error:  # Of a model's own code, perhaps: no run but its own ends.
             loading.error = RuntimeError(type(error).__name__)
         finally:
-            del self._loads[blob]
+            del self._loads[key]
             loading.done.set()
 
 
@@ -234,7 +244,7 @@ async def load_model(
         await cache.make_room(blob)
         return await load_estimator(objects, blob, found["metadata"], pinned=pinned is not None)
 
-    estimator = await cache.get(found["blob"], load)
+    estimator = await cache.get(found["blob"], load, found["metadata_blob"])
     return Model(name, version, found["blob"], estimator, found["metadata"], found["metadata_blob"])
 
 

@@ -198,7 +198,7 @@ class _Readers:
 
     Args:
         skipped: where a metadata.json that can't be used is named.
-        examined: the generations of objects that `verify` need not see again.
+        examined: the models that `verify` need not see again; see `_Registry.examined`.
     """
 
     def __init__(
@@ -207,7 +207,7 @@ class _Readers:
         models: Iterable[FoundModel],
         skipped: list[SkippedObject],
         verify: Verify | None,
-        examined: Collection[tuple[str, int]],
+        examined: Collection[tuple[str, int, str | None]],
     ) -> None:
         self._objects = objects
         self._models = iter(models)
@@ -235,7 +235,7 @@ class _Readers:
         return replace(model, metadata=metadata, metadata_text=text)
 
     async def _verdict(self, model: FoundModel) -> dict[str, Any]:
-        seen = (model.blob.path, model.blob.generation) in self._examined
+        seen = (model.blob.path, model.blob.generation, model.metadata_text) in self._examined
         if self._verify is None or seen or model.metadata.golden is None:
             return {}
         try:
@@ -350,12 +350,10 @@ class _Registry:
             ) from error
         await create_table(self._client, self.ref, COLUMNS, retry_seconds=seconds)
 
-    async def examined(self) -> frozenset[tuple[str, int]]:
-        """Paths and generations of what was examined in an earlier scan, whatever came of it."""
+    async def examined(self) -> frozenset[tuple[str, int, str | None]]:
+        """What was examined in an earlier scan, whatever came of it: path, generation, metadata."""
         rows = await self._run(_EXAMINED)
-        return frozenset(
-            (artifact_path(name, f"v{number}"), generation) for name, number, generation in rows
-        )
+        return frozenset((artifact_path(name, f"v{number}"), *told) for name, number, *told in rows)
 
     async def add(self, model: FoundModel, verdict: Mapping[str, Any]) -> None:
         """Takes a model; writes those taken before where one request can't carry any more."""
@@ -437,8 +435,10 @@ _ROWS = _listed(
     "{}", (f"CAST(JSON_VALUE(item, '$.{c.name}') AS {c.field_type}) AS {c.name}" for c in COLUMNS)
 )
 
+_SAME = "T.generation = S.generation AND IFNULL(T.metadata, '') = IFNULL(S.metadata, '')"
+
 # What a scan has found out is only written over what an earlier one had: of two at once, the one
-# that began later is right. A verdict stays for as long as the generation does.
+# that began later is right. A verdict stays for as long as the generation and its metadata do.
 _MERGE = f"""
 MERGE {{table}} AS T
 USING (
@@ -450,7 +450,7 @@ WHEN MATCHED
   AND IFNULL(T.registered_at <= @now, TRUE) AND IFNULL(T.deleted_at <= @now, TRUE)
 THEN UPDATE SET
   {_listed("{0} = S.{0}", (n for n in _NAMES if n not in (*_KEY, *_VERDICT)))},
-  {_listed("{0} = IF(T.generation = S.generation AND S.verified IS NULL, T.{0}, S.{0})", _VERDICT)}
+  {_listed(f"{{0}} = IF({_SAME} AND S.verified IS NULL, T.{{0}}, S.{{0}})", _VERDICT)}
 WHEN NOT MATCHED THEN INSERT ({_listed("{}", _NAMES)}) VALUES ({_listed("S.{}", _NAMES)})
 WHEN NOT MATCHED BY SOURCE
   AND @last AND T.environment = @environment
@@ -491,7 +491,7 @@ def _one_row_each(columns: Sequence[str]) -> str:
 
 
 _EXAMINED = """
-SELECT model_name, model_version, generation
+SELECT model_name, model_version, generation, metadata
 FROM {table}
 WHERE environment = @environment AND verified IS NOT NULL
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -146,7 +147,7 @@ def test_a_caller_who_goes_away_while_the_model_loads_does_not_end_it_for_the_ot
         with abandoned(service, request_for(table, output, model, run_id=gone)):
             assert models.event(f"{name} loading").wait(10)
             other = Background(lambda: ask(service, model))
-        log.wait_for("run failed", run_id=gone)
+        log.wait_for("run ended", run_id=gone)
     models.event(f"{name} open").set()
 
     assert other.result() == 200
@@ -359,3 +360,19 @@ def test_a_large_model_is_loaded_whole(cloud: Cloud, service: Client, table: str
     model = cloud.publish(models.Times(2, size=20_000_000))
 
     assert predictions(cloud, service, table, model) == [0, 2, 4]
+
+
+def test_a_model_is_asked_again_by_golden_rows_that_are_new(
+    service: Client, cloud: Cloud, ask: Callable[..., Any]
+) -> None:
+    told = {"features": [{"name": "x", "type": "FLOAT64"}], "frame": "pandas"}
+    right = told | {"golden": {"rows": [{"x": 1.0}], "predictions": [2.0]}}
+    wrong = told | {"golden": {"rows": [{"x": 1.0}], "predictions": [3.0]}}
+    model = cloud.publish(models.Doubles(), **right)
+    assert ask(service, model) == 200
+
+    cloud.upload(f"{model}/v1/metadata.json", json.dumps(wrong).encode())
+    assert_problem(ask(service, model), 500, "answers otherwise here than where it was trained")
+
+    cloud.upload(f"{model}/v1/metadata.json", json.dumps(right).encode())
+    assert ask(service, model) == 200

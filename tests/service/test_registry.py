@@ -936,6 +936,14 @@ def test_a_generation_is_verified_once_and_its_verdict_stays_until_the_next(plac
     assert asked_in_a_scan() == ["bad"]
     assert verdicts() == {"good": (True, None), "bad": (True, None)}
 
+    # Other golden rows are other questions.
+    place.put("good/v1/metadata.json", {"target": "t"} | GOLDEN)
+    place.scan_in_process()
+    assert verdicts() == {"good": (None, None), "bad": (True, None)}
+    assert asked_in_a_scan() == ["good"]
+    assert verdicts() == {"good": (False, "2 of 5 predictions differ"), "bad": (True, None)}
+    assert asked_in_a_scan() == []
+
 
 def test_a_model_that_is_deleted_as_it_is_verified_has_no_verdict_and_fails_no_scan(
     place: Place,
