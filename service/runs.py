@@ -84,8 +84,11 @@ class Run:
         )
 
     def cancel(self, because: str) -> None:
-        """Ends the run, unless it has ended. Its rows stay invisible, unless it commits already."""
-        self.end(because, Unavailable(f"The run ended: {because}. Nothing was written."))
+        """Ends the run, unless it has ended. Its rows stay invisible, unless it commits already.
+
+        It is not told as a failure: nobody has to get up for it.
+        """
+        self.end(because, _Cancelled(f"The run ended: {because}. Nothing was written."))
 
     def end(self, because: str, error: MlsysError) -> None:
         """As `cancel`, with the error that its caller is to have."""
@@ -128,10 +131,16 @@ class Run:
 
     def _fail(self, error: Exception) -> None:
         self.error = error
-        if isinstance(error, MlsysError):
+        if isinstance(error, _Cancelled):
+            _log.info("run ended", because=self.ended_because)
+        elif isinstance(error, MlsysError):
             _log.warning("run failed", error=type(error).__name__, detail=str(error))
         else:
             _log.error("run failed", exc_info=error)
+
+
+class _Cancelled(Unavailable):
+    """Somebody wanted the run to end."""
 
 
 class Runs:
