@@ -9,7 +9,8 @@ import asyncio
 import signal
 import sys
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from importlib.metadata import version
 from types import FrameType
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import anyio
 import structlog
 from fastapi import Depends, FastAPI, Header, Path, Query, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.sse import format_sse_event
 from pydantic import BaseModel
@@ -125,8 +127,22 @@ async def _engine(request: Request) -> Engine:
 CurrentEngine = Annotated["Engine", Depends(_engine)]
 Accept = Annotated[str, Header(description=f"`{EVENT_STREAM}` for progress as it happens")]
 Prefer = Annotated[
-    str, Header(description=f"`{RESPOND_ASYNC}` for 202 at once, and the run at `Location`")
+    tuple[str, ...],
+    Header(description=f"`{RESPOND_ASYNC}` for 202 at once, and the run at `Location`"),
 ]
+
+
+async def _each_once(request: Request) -> None:
+    """Raises RequestValidationError for parameters given twice: which one is meant is a guess."""
+    times = Counter(name for name, _ in request.query_params.multi_items())
+    if again := [name for name in times if times[name] > 1 and name != "id_columns"]:
+        message = "is given more than once. Give it once"
+        raise RequestValidationError(
+            [{"type": "repeated", "loc": ("query", name), "msg": message} for name in again]
+        )
+
+
+_EACH_ONCE = [Depends(_each_once)]
 
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
     # Not as a `model`, which would be documented as plain application/json.
@@ -180,13 +196,13 @@ _PREDICT: dict[str, Any] = {
 def add_routes(app: FastAPI) -> None:
     """Adds what the service answers."""
 
-    @app.get("/predict", summary="Predict a table", **_PREDICT)
+    @app.get("/predict", summary="Predict a table", dependencies=_EACH_ONCE, **_PREDICT)
     async def predict(
         request: Request,
         wanted: Annotated[PredictRequest, Query()],
         engine: CurrentEngine,
         accept: Accept = "*/*",
-        prefer: Prefer = "",
+        prefer: Prefer = (),
     ) -> Response:
         """Reads the input table, predicts it chunk by chunk, appends the result: all or nothing.
 
@@ -202,7 +218,7 @@ def add_routes(app: FastAPI) -> None:
         wanted: PredictRequest,
         engine: CurrentEngine,
         accept: Accept = "*/*",
-        prefer: Prefer = "",
+        prefer: Prefer = (),
     ) -> Response:
         """The same as `GET /predict`, with the parameters as a JSON object."""
         return await _answer(engine.start(wanted), request, engine.settings, accept, prefer)
@@ -211,6 +227,7 @@ def add_routes(app: FastAPI) -> None:
         "/runs/{run_id}",
         summary="How is a run?",
         tags=["runs"],
+        dependencies=_EACH_ONCE,
         responses=_READ_PROBLEMS,
     )
     async def run(
@@ -227,6 +244,7 @@ def add_routes(app: FastAPI) -> None:
         "/runs",
         summary="The latest runs",
         tags=["runs"],
+        dependencies=_EACH_ONCE,
         responses=_READ_PROBLEMS,
     )
     async def runs(engine: CurrentEngine, wanted: Annotated[RunsRequest, Query()]) -> RunPage:
@@ -237,6 +255,7 @@ def add_routes(app: FastAPI) -> None:
         "/model-registry",
         summary="Register what is in the model bucket",
         tags=["registry"],
+        dependencies=_EACH_ONCE,
         responses={status: _PROBLEMS[status] for status in (400, 403, 404, 422, 503)},
     )
     async def model_registry(
@@ -261,9 +280,9 @@ def add_routes(app: FastAPI) -> None:
 
 
 async def _answer(
-    run: Run, request: Request, settings: Settings, accept: str, prefer: str
+    run: Run, request: Request, settings: Settings, accept: str, prefer: Sequence[str]
 ) -> Response:
-    streams, at_once = EVENT_STREAM in accept, RESPOND_ASYNC in prefer
+    streams, at_once = EVENT_STREAM in accept, _wants_no_wait(prefer)
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(_end_when_gone, run, request)
         # A run that can't start is answered with its status; what follows comes as events.
@@ -280,12 +299,20 @@ async def _answer(
     return JSONResponse(run.result.model_dump(mode="json"))
 
 
+def _wants_no_wait(prefer: Sequence[str]) -> bool:
+    """Whether a preference among those of every line is `respond-async` (RFC 7240, section 2)."""
+    preferences = (each.partition(";")[0] for line in prefer for each in line.split(","))
+    return RESPOND_ASYNC in (each.strip().lower() for each in preferences)
+
+
 def _accepted(run: Run) -> Response:
     """The run goes on by itself; its journal tells how."""
+    # With the environment: in that of another, a run may have the same id.
+    location = f"/runs/{run.id}?env={run.request.env}"
     return JSONResponse(
         run.progress().model_dump(mode="json"),
         status_code=202,
-        headers={"Location": f"/runs/{run.id}", "Preference-Applied": RESPOND_ASYNC},
+        headers={"Location": location, "Preference-Applied": RESPOND_ASYNC},
     )
 
 

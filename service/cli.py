@@ -27,7 +27,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Env = Annotated[Environment, typer.Option(help="Whose models.")]
 Url = Annotated[
     str | None,
     typer.Option(
@@ -66,6 +65,22 @@ def _plain_errors[**P, T](command: Callable[P, T]) -> Callable[P, T]:
         raise typer.Exit(1)
 
     return wrapped
+
+
+@_plain_errors
+def _own_env() -> Environment:
+    # Of `.env` as well, which an option's `envvar` does not know.
+    from mlsys.settings import Settings
+
+    return Settings().mlsys_env or Environment.DEV
+
+
+Env = Annotated[
+    Environment,
+    typer.Option(
+        help="Whose models.", default_factory=_own_env, show_default="MLSYS_ENV, else dev"
+    ),
+]
 
 
 @app.command()
@@ -107,7 +122,7 @@ def local(
         told_to_stop = _on_signal()
         for name, value in servers.env.items():
             print(f"export {name}={value}", flush=True)
-        _console.print("\nLoaded:", *tables, uri, sep="\n  ", highlight=False)
+        _console.print("\nLoaded:", *map(str, tables), uri, sep="\n  ", highlight=False)
         _console.print("\nExport the settings above in another terminal. Ctrl-C stops the servers.")
         told_to_stop.wait()
         _console.print("Stopping.")
@@ -138,8 +153,8 @@ def predict(
     input_table: Annotated[str, typer.Argument(help="project.dataset.table to read.")],
     output_table: Annotated[str, typer.Argument(help="project.dataset.table to append to.")],
     model: Annotated[str, typer.Option(help="The model's name.")],
+    env: Env,
     version: Annotated[str, typer.Option(help="v1, v2, … or latest.")] = "latest",
-    env: Env = Environment.DEV,
     # The tries of a Cloud Run job have the execution's name in common, and nothing else.
     run_id: Annotated[
         str | None, typer.Option(help="Your name for this run.", envvar="CLOUD_RUN_EXECUTION")
@@ -185,8 +200,8 @@ def predict(
 @app.command()
 @_plain_errors
 def runs(
+    env: Env,
     run_id: Annotated[str | None, typer.Argument(help="This one; by default the latest.")] = None,
-    env: Env = Environment.DEV,
     state: Annotated[RunState | None, typer.Option(help="Only those in this state.")] = None,
     limit: Annotated[int, typer.Option(help="How many.")] = 20,
     url: Url = None,
@@ -220,7 +235,7 @@ def _runs_table(found: Sequence[RunInfo]) -> Table:
     for each in found:
         table.add_row(
             each.run_id,
-            each.state,
+            f"{each.state}, abandoned" if each.abandoned else each.state,
             f"{each.request.model_name} {each.model_version}",
             each.request.output_table,
             f"{each.result.rows if each.result else each.rows_done:,}",
@@ -250,9 +265,7 @@ def _answer(result: BaseModel, message: str, as_json: bool) -> None:
 
 @app.command()
 @_plain_errors
-def register(
-    env: Env = Environment.DEV, url: Url = None, token: Token = None, as_json: AsJson = False
-) -> None:
+def register(env: Env, url: Url = None, token: Token = None, as_json: AsJson = False) -> None:
     """Bring the registry table up to date with an environment's bucket."""
     if url is not None:
         from service.client import register
@@ -276,8 +289,8 @@ def publish(
         Path,
         typer.Option(help="A few rows of its features, as .parquet or .csv.", exists=True),
     ],
+    env: Env,
     version: Annotated[str, typer.Option(help="v1, v2, … or next.")] = "next",
-    env: Env = Environment.DEV,
     target: Annotated[
         list[str] | None, typer.Option(help="The prediction's name; repeatable.")
     ] = None,
@@ -336,7 +349,7 @@ def _rows(path: Path) -> Any:
 
 @app.command()
 @_plain_errors
-def models(env: Env = Environment.DEV, as_json: AsJson = False) -> None:
+def models(env: Env, as_json: AsJson = False) -> None:
     """List the models in an environment's bucket."""
     import json
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import httpx2
 
-from mlsys.errors import MlsysError, Unavailable
-from mlsys.names import Environment
+from mlsys.errors import InvalidRequest, MlsysError, Unavailable
+from mlsys.names import Environment, shown
 from service.contract import (
     PredictRequest,
     PredictResult,
@@ -50,16 +51,13 @@ def predict(
         token: an identity token, which a service on Cloud Run asks for.
 
     Raises:
+        InvalidRequest: `url` is not one of http or https.
         Refused: the service answered with a problem, or the run failed.
         Unavailable: there is no service, or the connection to it broke.
     """
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
     parameters = request.model_dump(mode="json", exclude_none=True)
-    try:
-        with httpx2.Client(timeout=_TIMEOUT, headers=headers) as client:
-            return _follow(client, f"{url.rstrip('/')}/predict", parameters, progress)
-    except httpx2.HTTPError as error:
-        raise Unavailable(f"No answer from {url} ({type(error).__name__}). Is it up?") from error
+    with _client(url, token, _TIMEOUT) as client:
+        return _follow(client, f"{url.rstrip('/')}/predict", parameters, progress)
 
 
 def register(url: str, env: Environment, *, token: str | None = None) -> RegistryScan:
@@ -78,16 +76,27 @@ def run(url: str, run_id: str, env: Environment, *, token: str | None = None) ->
 
 
 def _get(url: str, path: str, parameters: dict[str, Any], token: str | None) -> Any:
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
     given = {name: value for name, value in parameters.items() if value is not None}
-    try:
-        with httpx2.Client(timeout=_ANSWER_SECONDS, headers=headers) as client:
-            response = client.get(f"{url.rstrip('/')}{path}", params=given)
-    except httpx2.HTTPError as error:
-        raise Unavailable(f"No answer from {url} ({type(error).__name__}). Is it up?") from error
+    with _client(url, token, httpx2.Timeout(_ANSWER_SECONDS)) as client:
+        response = client.get(f"{url.rstrip('/')}{path}", params=given)
     if response.status_code != 200:
         raise Refused(_problem(response))
     return response.json()
+
+
+@contextmanager
+def _client(url: str, token: str | None, timeout: httpx2.Timeout) -> Iterator[httpx2.Client]:
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    try:
+        with httpx2.Client(timeout=timeout, headers=headers) as client:
+            yield client
+    except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
+        raise InvalidRequest(
+            f"{shown(url)} is not the URL of a service. Write it with its scheme, as "
+            "http://host:port or https://host."
+        ) from error
+    except httpx2.HTTPError as error:
+        raise Unavailable(f"No answer from {url} ({type(error).__name__}). Is it up?") from error
 
 
 def _follow(

@@ -37,6 +37,12 @@ def _not_bool(value: object) -> object:
     return value
 
 
+def _check_filter(condition: str) -> str:
+    if not condition.strip():
+        raise ValueError("is blank. Write a condition in SQL, or leave it out for every row")
+    return condition
+
+
 TablePath = Annotated[
     str,
     AfterValidator(_check_table),
@@ -75,7 +81,7 @@ class PredictRequest(BaseModel):
         ),
     ] = None
     where: Annotated[
-        str | None,
+        Annotated[str, AfterValidator(_check_filter)] | None,
         Field(
             description="A row filter in SQL, applied as the table is read",
             min_length=1,
@@ -201,6 +207,11 @@ class RunInfo(BaseModel):
     rows_total: int | None = None
     result: PredictResult | None = None
     error: Problem | None = None
+    abandoned: bool = Field(
+        False,
+        description="Not at its end, and nobody is at it: its process is gone. The same call with "
+        "its `run_id` takes it over.",
+    )
 
 
 class RunsRequest(BaseModel):
@@ -208,7 +219,10 @@ class RunsRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    env: Annotated[Environment, Field(description="Whose runs", examples=["dev"])]
+    env: Annotated[
+        Environment | None,
+        Field(description="Whose runs; by default this deployment's", examples=["dev"]),
+    ] = None
     state: RunState | None = None
     page: str | None = Field(None, max_length=200, description="`next_page` of the page before")
     limit: int = Field(20, ge=1, le=100)

@@ -13,6 +13,7 @@ import structlog
 from mlsys.clients import Clients, open_clients
 from mlsys.errors import (
     AccessDenied,
+    InvalidRequest,
     MlsysError,
     ModelUnusable,
     NotFound,
@@ -160,8 +161,19 @@ class Engine:
         raise NotFound(f"There is no run {shown(run_id)}. Runs are kept for a limited time.")
 
     async def list_runs(self, wanted: RunsRequest) -> RunPage:
-        """Runs of an environment, newest first."""
-        [journal] = await self._journals(wanted.env)
+        """Runs of an environment, newest first; by default of this deployment's.
+
+        Raises:
+            InvalidRequest: no environment is named, and this deployment answers for all.
+            AccessDenied: see `check_env`.
+        """
+        env = wanted.env or self.settings.mlsys_env
+        if env is None:
+            raise InvalidRequest(
+                "env: is required, as this deployment answers for every environment. "
+                "Name dev, staging or prod."
+            )
+        [journal] = await self._journals(env)
         runs, next_page = await journal.runs(
             state=wanted.state, before=wanted.page, most=wanted.limit
         )

@@ -7,7 +7,7 @@ does. What the records are for, and who writes which when, is in `service/once.p
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Protocol
 
 import anyio
@@ -63,6 +63,7 @@ class RunRecord(BaseModel):
 
     def info(self) -> RunInfo:
         """What people are shown of it."""
+        open_still = self.state in (RunState.RUNNING, RunState.PREPARED)
         return RunInfo(
             run_id=self.run_id,
             state=self.state,
@@ -76,6 +77,7 @@ class RunRecord(BaseModel):
             rows_total=self.rows_total,
             result=self.result,
             error=self.error,
+            abandoned=open_still and self.lease_until < datetime.now(UTC),
         )
 
 

@@ -374,6 +374,119 @@ def test_a_caller_who_goes_away_before_the_commit_leaves_nothing(
     assert cloud.count(output) == 0
 
 
+def held(service: Client, wanted: dict[str, Any], *prefer: str) -> httpx2.Response:
+    """What is answered before the end: the model is gated, and let go once there is an answer."""
+    headers = [("Prefer", line) for line in prefer]
+    with log_lines() as log:
+        response = service.get("/predict", params=wanted, headers=headers, timeout=10)
+        models.event(f"{wanted['model_name']} open").set()
+        log.wait_for("run succeeded", run_id=wanted["run_id"])
+    return response
+
+
+@pytest.mark.parametrize(
+    "prefer",
+    [
+        ("Respond-Async",),
+        ("wait=10", "respond-async"),
+        ("respond-async", "wait=10"),
+        ("wait=10 ,RESPOND-ASYNC; how=soon", "handling=lenient"),
+    ],
+)
+def test_a_preference_counts_in_any_case_and_on_any_line(
+    service: Client, cloud: Cloud, table: str, gate: str, prefer: tuple[str, ...]
+) -> None:
+    wanted = request_for(table, cloud.new_table(), gate, run_id=cloud.name("run"))
+
+    response = held(service, wanted, *prefer)
+
+    assert response.status_code == 202
+    assert response.headers["Preference-Applied"] == "respond-async"
+
+
+def test_a_preference_that_only_contains_the_word_is_another_one(
+    service: Client, cloud: Cloud, table: str, doubles: str
+) -> None:
+    wanted = request_for(table, cloud.new_table(), doubles)
+
+    response = service.get("/predict", params=wanted, headers={"Prefer": "no-respond-async, a=b"})
+
+    assert (response.status_code, response.json()["rows"]) == (200, 1000)
+
+
+def test_the_location_of_a_run_is_not_that_of_another_environments(
+    service: Client, cloud: Cloud, table: str, doubles: str, gate: str
+) -> None:
+    run_id = cloud.name("run")
+    cloud.publish(models.Gated(gate), gate, env="staging")
+    wanted = request_for(table, cloud.new_table(), gate, run_id=run_id, env="staging")
+    service.predict(table, cloud.new_table(), doubles, run_id=run_id)
+
+    run = service.get(held(service, wanted, "respond-async").headers["Location"]).json()
+
+    assert (run["run_id"], run["request"]["env"]) == (run_id, "staging")
+
+
+def test_the_runs_are_by_default_those_of_the_deployment(
+    service: Client, start_service: Callable[..., Client], cloud: Cloud, table: str
+) -> None:
+    own, run_id = start_service(mlsys_env="staging"), cloud.name("run")
+    model = cloud.publish(models.Doubles(), env="staging")
+    own.predict(table, cloud.new_table(), model, run_id=run_id, env="staging")
+
+    runs = own.get("/runs", params={"limit": 1}).json()["runs"]
+
+    assert [run["run_id"] for run in runs] == [run_id]
+    assert_problem(own.get("/runs", params={"env": "dev"}), 403, "env=staging only")
+    assert_problem(service.get("/runs"), 400, "env: is required", "Name dev, staging or prod")
+
+
+@pytest.mark.parametrize(
+    "name", ["env", "input_table", "model_name", "run_id", "where", "chunk_rows"]
+)
+def test_a_parameter_that_is_given_twice_is_refused(
+    service: Client, cloud: Cloud, table: str, doubles: str, name: str
+) -> None:
+    output = cloud.new_table()
+    more = {"run_id": cloud.name("run"), "where": "id < 5", "chunk_rows": 10}
+    wanted = request_for(table, output, doubles, **more)
+
+    response = service.get("/predict", params=wanted | {name: [wanted[name]] * 2})
+
+    assert_problem(response, 400, f"{name}: is given more than once. Give it once")
+    assert_nothing_appended(cloud, output)
+
+
+@pytest.mark.parametrize("path", ["/runs", "/runs/nightly-7", "/model-registry"])
+def test_of_two_environments_none_is_taken(service: Client, path: str) -> None:
+    response = service.get(path, params={"env": ["prod", "dev"]})
+
+    assert_problem(response, 400, "env: is given more than once")
+
+
+def test_id_columns_may_be_given_several_times(
+    service: Client, cloud: Cloud, table: str, doubles: str
+) -> None:
+    output = cloud.new_table()
+
+    response = service.predict(table, output, doubles, id_columns=["x", "id"])
+
+    assert response.status_code == 200, response.text
+    assert list(cloud.columns(output))[:2] == ["x", "id"]
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\t\n", "\u00a0"])
+def test_a_blank_filter_is_not_taken_for_none(
+    service: Client, cloud: Cloud, table: str, doubles: str, blank: str
+) -> None:
+    output = cloud.new_table()
+    wanted = request_for(table, output, doubles, where=blank)
+
+    for response in (service.get("/predict", params=wanted), service.post("/predict", json=wanted)):
+        assert_problem(response, 400, "where: is blank", "leave it out")
+    assert_nothing_appended(cloud, output)
+
+
 def test_health_and_the_root_answer_without_the_cloud(
     start_service: Callable[..., Client],
 ) -> None:

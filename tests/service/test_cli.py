@@ -16,6 +16,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import typer
 from rich.console import Console
 from sklearn.linear_model import LinearRegression
 from typer.testing import CliRunner, Result
@@ -97,10 +98,12 @@ def test_local_prints_settings_that_work_and_stops_with_all_it_started() -> None
             ).json()
         finally:
             process.send_signal(signal.SIGINT)
+        told = process.stderr.read().splitlines()
         assert process.wait(timeout=30) == 0
 
     names = {table["tableReference"]["tableId"] for table in tables["tables"]}
     assert {"titanic_train", "titanic_test"} <= names
+    assert {f"  mlsys-local.mlsys_dev.{name}" for name in names} <= set(told)
     assert "titanic-survival/v1/model.pkl" in {item["name"] for item in objects["items"]}
     assert started
     assert not [child for child in started if child.is_running()]
@@ -177,6 +180,48 @@ def test_predict_asks_to_be_tried_again_where_there_is_no_service() -> None:
 
     assert done.exit_code == 75
     assert "✗ No answer from http://127.0.0.1:1 (ConnectError). Is it up?" in done.stderr
+
+
+def test_a_url_without_a_scheme_is_not_worth_another_try() -> None:
+    tables = ["my-project.data.input", "my-project.data.output"]
+
+    done = mlsys_here("predict", *tables, "--model=m", "--url=127.0.0.1:18765")
+
+    assert done.exit_code == 1
+    assert "✗ '127.0.0.1:18765' is not the URL of a service. Write it with its" in done.stderr
+
+
+@pytest.mark.usefixtures("cloud")  # Which makes the buckets.
+def test_a_command_is_for_the_environment_of_the_settings_unless_told_otherwise(
+    servers: LocalServers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".env").write_text("MLSYS_ENV=prod\n")
+    monkeypatch.delenv("MLSYS_ENV", raising=False)
+
+    unset = mlsys_here("models", **servers.env)
+    by_variable = mlsys_here("models", **servers.env, MLSYS_ENV="staging")
+    by_option = mlsys_here("models", "--env=dev", **servers.env, MLSYS_ENV="staging")
+    monkeypatch.chdir(tmp_path)
+    by_file = mlsys_here("models", **servers.env)
+    wrong = mlsys_here("models", **servers.env, MLSYS_ENV="qa")
+
+    buckets = [
+        re.findall(r"gs://(\S+)", done.stdout) for done in (unset, by_variable, by_option, by_file)
+    ]
+    assert buckets == [[f"mlsys-models-{env}"] for env in ("dev", "staging", "dev", "prod")]
+    assert wrong.exit_code == 1
+    assert "✗ mlsys_env: Input should be 'dev', 'staging' or 'prod'" in wrong.stderr
+
+
+@pytest.mark.parametrize("command", ["predict", "runs", "register", "publish", "models"])
+def test_every_command_with_an_environment_has_the_same_default(
+    command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLSYS_ENV", "staging")
+    context = typer.Context(typer.main.get_command(cli.app).commands[command])
+    [option] = [each for each in context.command.params if each.name == "env"]
+
+    assert option.get_default(context) == "staging"
 
 
 def test_predict_needs_no_service(

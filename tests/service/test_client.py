@@ -11,8 +11,9 @@ import pyarrow as pa
 import pytest
 from sklearn.linear_model import LinearRegression
 
-from mlsys.errors import Unavailable
-from service.client import Refused, predict
+from mlsys.errors import InvalidRequest, Unavailable
+from mlsys.names import Environment
+from service.client import Refused, predict, register
 from service.contract import PredictRequest, ProgressEvent
 from tests.conftest import Client, Cloud
 
@@ -84,6 +85,16 @@ def test_an_answer_that_is_not_ours_is_told_by_its_status() -> None:
         pytest.raises(Refused, match="HTTP 403: Forbidden"),
     ):
         predict(url, wanted("my-project.a.b", "my-project.a.c", "m"))
+
+
+@pytest.mark.parametrize(
+    "url", ["127.0.0.1:18765", "localhost:8080", "", "ftp://host", "http://", "http://host:port"]
+)
+def test_what_is_no_url_of_a_service_is_told_with_how_to_write_one(url: str) -> None:
+    with pytest.raises(InvalidRequest, match="Write it with its scheme, as http://host:port"):
+        predict(url, wanted("my-project.a.b", "my-project.a.c", "m"))
+    with pytest.raises(InvalidRequest, match="is not the URL of a service"):
+        register(url, Environment.DEV)
 
 
 def test_an_answer_that_ends_without_a_result_is_no_success() -> None:

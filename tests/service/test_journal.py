@@ -169,11 +169,14 @@ def test_a_run_whose_owner_is_gone_is_taken_over_with_the_same_pins(
     if state == "running":
         del left["streams"], left["rows"]
         cloud.query(f"DELETE FROM `{wanted['output_table']}` WHERE TRUE")
+    assert not run_of(service, wanted)["abandoned"]
     store(cloud, wanted, json.dumps(left).encode())
+    assert run_of(service, wanted)["abandoned"]
 
     again = service.get("/predict", params=wanted)
 
     assert again.status_code == 200, again.text
+    assert not run_of(service, wanted)["abandoned"]
     assert again.json()["model"] == first["model"]
     assert cloud.count(wanted["output_table"]) == 100
     now = record_of(cloud, wanted)
@@ -343,7 +346,7 @@ def test_who_does_not_want_to_wait_is_told_where_to_look(
     after = service.get(response.headers["Location"]).json()
 
     assert response.status_code == 202
-    assert response.headers["Location"] == f"/runs/{wanted['run_id']}"
+    assert response.headers["Location"] == f"/runs/{wanted['run_id']}?env=dev"
     assert while_under_way["state"] == "running"
     assert (after["state"], after["result"]["rows"]) == ("committed", 100)
     assert service.get("/predict", params=wanted, headers=ASYNC).status_code == 200
