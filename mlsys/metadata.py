@@ -13,6 +13,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import to_jsonable_python
 
+from mlsys.errors import InvalidRequest
 from mlsys.frame import FrameKind, to_frame
 from mlsys.tables import BIGQUERY_TO_ARROW, bigquery_column, standard_type
 
@@ -51,6 +52,12 @@ class GoldenRows(BaseModel):
     rows: list[dict[str, Any]]
     predictions: list[Any]
     probabilities: list[list[float]] | None = None
+
+    @property
+    def width(self) -> int:
+        """How many columns the model predicts."""
+        first = next(iter(self.predictions), None)
+        return len(first) if isinstance(first, list) else 1
 
 
 class ModelMetadata(BaseModel):
@@ -98,8 +105,14 @@ def golden_rows(model: Any, rows: pa.Table, frame: FrameKind) -> GoldenRows:
 
     Args:
         rows: the features in order, as `mlsys.frame.to_arrow` gives them.
+
+    Raises:
+        InvalidRequest: the model answers another number of rows.
+        Whatever else the model raises.
     """
     predictions, probabilities = _answers(model, to_frame(rows, frame))
+    if wrong := _miscounted(predictions, rows.num_rows):
+        raise InvalidRequest(f"The model does not predict rows: {wrong}.")
     return GoldenRows(
         rows=_as_json(rows.to_pylist()),
         predictions=_as_json(predictions.tolist()),
@@ -125,6 +138,8 @@ def golden_mismatch(model: Any, metadata: ModelMetadata, frame: FrameKind) -> st
         predictions, probabilities = _answers(model, to_frame(rows, frame))
     except BaseException as error:  # A model may raise anything; a panic in Rust is no Exception.
         return f"it raises {type(error).__name__}"
+    if told := _miscounted(predictions, len(golden.rows)):
+        return told
     if wrong := _count_differing(golden.predictions, predictions):
         return f"{wrong} of {len(golden.rows)} predictions differ"
     if golden.probabilities is None:
@@ -145,6 +160,19 @@ def _answers(model: Any, frame: Any) -> tuple[np.ndarray, np.ndarray | None]:
 
 def _dense(values: Any) -> np.ndarray:
     return np.atleast_1d(values.toarray() if hasattr(values, "toarray") else np.asarray(values))
+
+
+def _miscounted(predictions: np.ndarray, rows: int) -> str | None:
+    """What is wrong where a model does not give an answer a row.
+
+    A frame gives the names of its columns to whoever goes through it as a list, as vectorizers do.
+    """
+    if len(predictions) == rows:
+        return None
+    return (
+        f"it gives {len(predictions)} answers for {rows} rows. A model of one column of text has "
+        "to be fitted on a frame, with a ColumnTransformer that picks the column, not on a Series"
+    )
 
 
 def _count_differing(expected: list[Any], actual: np.ndarray) -> int:

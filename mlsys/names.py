@@ -93,7 +93,8 @@ def check_version(version: str) -> str:
 
 def is_column_name(name: str) -> bool:
     """Whether a column of BigQuery may have this name; the case of letters is ignored there."""
-    return 0 < len(name) <= LONGEST_COLUMN_NAME and _NO_COLUMN.search(name) is None
+    allowed = len(name) <= LONGEST_COLUMN_NAME and _NO_COLUMN.search(name) is None
+    return allowed and bool(name.strip())
 
 
 def version_number(version: str) -> int:

@@ -7,7 +7,7 @@ import hashlib
 import io
 import pickle
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import FunctionType
@@ -18,6 +18,7 @@ import anyio.to_thread
 import numpy as np
 import pyarrow as pa
 from gcloud.aio.storage import Storage
+from pydantic import ValidationError
 
 from mlsys.blocking import blocking
 from mlsys.errors import Conflict, InvalidRequest, redacted
@@ -32,12 +33,14 @@ from mlsys.metadata import (
 )
 from mlsys.names import (
     LATEST,
+    LONGEST_COLUMN_NAME,
     METADATA_FILE,
     MODEL_FILE,
     Environment,
     artifact_path,
     check_model_name,
     check_version,
+    is_column_name,
     parse_artifact_path,
     shown,
     version_number,
@@ -94,8 +97,9 @@ def publish_model(
         env: whose bucket.
 
     Raises:
-        InvalidRequest: a name is malformed, the model does not predict these rows, or it can't be
-            pickled for others: it needs a class or function that only the notebook defines.
+        InvalidRequest: a name is malformed, or what shall stand in metadata.json; the model is not
+            fitted, does not predict these rows, or can't be pickled for others: it needs a class
+            or function that only the notebook defines.
         Conflict: that version exists.
         NotFound, AccessDenied, Unavailable: the bucket, as the names say.
     """
@@ -104,30 +108,98 @@ def publish_model(
         raise InvalidRequest(f"{shown(version)} is no version to write. Use v1, v2, … or next.")
     if env not in set(Environment):
         raise InvalidRequest(f"env is {shown(str(env))}. Use one of {', '.join(Environment)}.")
+    _check_predicts(model)
     data = _pickled(model)
-    facts = (
-        _known(model)
-        | ({} if rows is None else _seen(model, rows))
-        | {
-            "target": target if target is None or isinstance(target, str) else list(target),
-            "id_columns": _names(id_columns),
-            "metrics": None if metrics is None else {k: float(v) for k, v in metrics.items()},
-            "sha256": hashlib.sha256(data).hexdigest(),
-        }
-    )
-    now = {"trained_at": datetime.now(UTC)}
-    known = {name: fact for name, fact in facts.items() if fact is not None}
-    told = ModelMetadata.model_validate(now | dict(metadata or {}) | known)
-    text = told.model_dump_json(indent=2, exclude_none=True, fallback=without_numpy).encode()
+    facts = _known(model) | ({} if rows is None else _seen(model, rows))
+    facts["sha256"] = hashlib.sha256(data).hexdigest()
+    told, text = _told(metadata, facts, target=target, id_columns=id_columns, metrics=metrics)
+    _check_columns(told)
     with blocking(settings) as (loop, clients, chosen):
         bucket = chosen.model_bucket(Environment(env))
         return loop.call(_publish, clients.objects, bucket, name, version, data, text, told)
+
+
+def _check_predicts(model: Any) -> None:
+    from sklearn.exceptions import NotFittedError
+    from sklearn.utils.validation import check_is_fitted
+
+    if isinstance(model, type) or not callable(getattr(model, "predict", None)):
+        raise InvalidRequest(
+            f"The model is a {type(model).__name__}, which can't predict. Pass a fitted "
+            "scikit-learn estimator or pipeline, not its class."
+        )
+    # Both, as some predict that check_is_fitted refuses: a threshold put upon a fitted classifier,
+    # or whoever keeps what it learns under names of its own.
+    checks = (check_is_fitted, model), (model.predict, np.zeros((1, 1)))
+    if all(isinstance(_raised(*check), NotFittedError) for check in checks):
+        raise InvalidRequest(f"The {type(model).__name__} is not fitted. Call its `fit` first.")
+
+
+def _raised(ask: Callable[[Any], Any], about: Any) -> Exception | None:
+    try:
+        ask(about)
+    except Exception as error:  # A model may raise anything at all.
+        return error
+    return None
+
+
+def _told(
+    metadata: Mapping[str, Any] | None,
+    facts: Mapping[str, Any],
+    *,
+    target: str | Sequence[str] | None,
+    id_columns: str | Sequence[str] | None,
+    metrics: Mapping[str, float] | None,
+) -> tuple[ModelMetadata, bytes]:
+    """All that is known of a model, and what else is told of it; and that as metadata.json."""
+    try:
+        known = dict(facts) | {
+            "target": target if target is None or isinstance(target, str) else list(target),
+            "id_columns": _names(id_columns),
+            "metrics": None if metrics is None else {k: float(v) for k, v in dict(metrics).items()},
+        }
+        known = {name: fact for name, fact in known.items() if fact is not None}
+        now = {"trained_at": datetime.now(UTC)}
+        told = ModelMetadata.model_validate(now | dict(metadata or {}) | known)
+        text = told.model_dump_json(indent=2, exclude_none=True, fallback=without_numpy)
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(
+            f"metadata.json can't be written: {_said(error)}. Pass numbers as metrics, names as "
+            "target and id_columns, and by name whatever else metadata shall hold."
+        ) from error
+    return told, text.encode()
+
+
+def _said(error: Exception) -> str:
+    if not isinstance(error, ValidationError):
+        return redacted(str(error))
+    first = error.errors(include_url=False, include_input=False)[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
 def _names(names: str | Sequence[str] | None) -> list[str] | None:
     if names is None or isinstance(names, str):
         return None if names is None else [names]
     return list(names)
+
+
+def _check_columns(told: ModelMetadata) -> None:
+    """Checks what becomes of the output table, which the service would refuse in every run."""
+    for place, names in (("target", told.targets), ("id_columns", told.id_columns or [])):
+        if wrong := [shown(name) for name in names if not is_column_name(name)]:
+            raise InvalidRequest(
+                f"{place}: BigQuery has no column of the name {', '.join(wrong)}. Use letters, "
+                f"digits and underscores, at most {LONGEST_COLUMN_NAME}."
+            )
+        if len({name.casefold() for name in names}) < len(names):
+            raise InvalidRequest(f"{place} names a column more than once: {', '.join(names)}.")
+    golden, targets = told.golden, len(told.targets)
+    # One name will do for all: the service numbers the columns.
+    if golden is not None and targets > 1 and targets != golden.width:
+        raise InvalidRequest(
+            f"target has {targets} names, but the model predicts {golden.width} columns. Name each "
+            "of them, or give one name for all."
+        )
 
 
 class _Pickler(pickle.Pickler):
@@ -184,6 +256,8 @@ def _golden(model: Any, rows: pa.Table, kinds: Sequence[FrameKind]) -> tuple[Fra
             return kind, golden_rows(model, rows, kind)
         except Exception as error:  # A model may raise anything at all.
             last = error
+    if isinstance(last, InvalidRequest):
+        raise last
     raise InvalidRequest(
         "The model does not predict these rows as the service would give them to it: "
         f"{type(last).__name__}: {redacted(str(last))}. Train it on what bq_get returns."

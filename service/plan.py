@@ -11,9 +11,9 @@ from difflib import get_close_matches
 import pyarrow as pa
 from google.cloud.bigquery import SchemaField
 
-from mlsys.errors import InvalidRequest, TableMismatch
+from mlsys.errors import InvalidRequest, ModelUnusable, TableMismatch
 from mlsys.frame import FrameKind
-from mlsys.names import TableRef
+from mlsys.names import LONGEST_COLUMN_NAME, TableRef, is_column_name, shown
 from mlsys.tables import BIGQUERY_TO_ARROW, TableInfo, bigquery_column, standard_type
 from service.contract import PredictRequest
 
@@ -141,12 +141,19 @@ def _mistyped(feature: Feature, column: SchemaField) -> str | None:
     return f"{column.name} is {actual}, not {expected}"
 
 
-def result_columns(ids: Iterable[SchemaField], outputs: Iterable[Output]) -> list[SchemaField]:
+def result_columns(ids: Iterable[SchemaField], outputs: Sequence[Output]) -> list[SchemaField]:
     """The output table's columns: ids, what the model makes, then when and by which model.
 
     Raises:
+        ModelUnusable: what the model makes would have a name that BigQuery does not take.
         TableMismatch: two columns would have one name (BigQuery ignores case in names).
     """
+    if wrong := [shown(output.name) for output in outputs if not is_column_name(output.name)]:
+        raise ModelUnusable(
+            f"BigQuery has no column of the name {_listed(wrong)}. Set another `target` in the "
+            "model's metadata.json, or train it on shorter labels: a column's name is of letters, "
+            f"digits and underscores, at most {LONGEST_COLUMN_NAME}."
+        )
     carried = [_carried(column) for column in ids]
     made = [bigquery_column(pa.field(output.name, output.type)) for output in outputs]
     columns = [*carried, *made, *map(bigquery_column, TOLD)]

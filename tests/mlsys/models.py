@@ -66,6 +66,17 @@ class AnswersElsewhere(Answers):
         self.elsewhere = elsewhere
 
 
+class LearnsUnderItsOwnNames(RegressorMixin, BaseEstimator):
+    """Answers the mean, and has no attribute by which scikit-learn knows a fitted estimator."""
+
+    def fit(self, rows: Any, y: Any) -> LearnsUnderItsOwnNames:
+        self.mean = float(np.mean(y))
+        return self
+
+    def predict(self, rows: Any) -> np.ndarray:
+        return np.full(len(rows), self.mean)
+
+
 class KeepsNamesToItself(TransformerMixin, BaseEstimator):
     """Takes columns by their name, and tells nobody of them."""
 

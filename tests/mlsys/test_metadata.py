@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 from pydantic import ValidationError
 
+from mlsys.errors import InvalidRequest
 from mlsys.frame import FrameKind, to_frame
 from mlsys.metadata import (
     FeatureMetadata,
@@ -128,7 +129,6 @@ def test_sparse_answers_are_taken_for_what_they_mean() -> None:
         ([1.0 + 1e-9, 2.0, 3.0], None),
         ([1.0 + 1e-4, 2.0, 3.0], "1 of 3"),
         ([NAN, 2.0, 3.0], "1 of 3"),
-        ([1.0, 2.0], "3 of 3"),
         ([[1.0], [2.0], [3.0]], "3 of 3"),
         (["1.0", "2.0", "3.0"], "3 of 3"),
     ],
@@ -155,6 +155,31 @@ def test_answers_of_another_kind_differ(trained: list[Any], asked: list[Any]) ->
     told = mismatch(Answers(np.array(asked)), Answers(np.array(trained)))
 
     assert told == "3 of 3 predictions differ"
+
+
+def test_an_answer_a_row_is_asked_for_where_a_model_is_trained_and_where_it_is_loaded() -> None:
+    rows = pa.table({"x": [0.0, 1.0, 2.0]})
+    few, told = Answers(np.zeros(1)), "it gives 1 answers for 3 rows"
+
+    with pytest.raises(InvalidRequest, match=rf"{told}\..*ColumnTransformer"):
+        golden_rows(few, rows, FrameKind.PANDAS)
+
+    # As publish_model once wrote it.
+    metadata = ModelMetadata(
+        features=describe_features(rows, ["float64"]),
+        golden=GoldenRows(rows=rows.to_pylist(), predictions=[0.0]),
+    )
+    assert (golden_mismatch(few, metadata, FrameKind.PANDAS) or "").startswith(told)
+    assert (mismatch(few, Answers(np.zeros(3))) or "").startswith(told)
+
+
+@pytest.mark.parametrize(
+    ("predictions", "width"), [([1, 2], 1), ([[1, 2, 3]], 3), ([["a"], ["b"]], 1), ([], 1)]
+)
+def test_golden_rows_tell_how_many_columns_a_model_predicts(
+    predictions: list[Any], width: int
+) -> None:
+    assert GoldenRows(rows=[], predictions=predictions).width == width
 
 
 def test_probabilities_are_compared_as_well() -> None:

@@ -30,11 +30,13 @@ import sklearn
 from sklearn.cluster import KMeans
 from sklearn.compose import make_column_transformer
 from sklearn.ensemble import IsolationForest, RandomForestClassifier
+from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LinearRegression, LogisticRegression
+from sklearn.model_selection import FixedThresholdClassifier
 from sklearn.multioutput import MultiOutputClassifier
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import OneHotEncoder
+from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from sklearn.svm import LinearSVC
 
 from mlsys import Settings, bq_get, bq_put, gcs_get, gcs_list_blobs, publish_model
@@ -43,7 +45,12 @@ from mlsys.frame import FrameKind, to_arrow
 from mlsys.local import LocalServers
 from mlsys.publish import PublishedModel
 from tests.conftest import Client, Cloud
-from tests.mlsys.models import Answers, AnswersElsewhere, KeepsNamesToItself
+from tests.mlsys.models import (
+    Answers,
+    AnswersElsewhere,
+    KeepsNamesToItself,
+    LearnsUnderItsOwnNames,
+)
 from tests.mlsys.rest_server import Answer, Request, RestServer, rest_server
 from tests.service.support import assert_problem, process_environment
 
@@ -475,7 +482,7 @@ def test_rows_may_be_an_arrow_table(settings: Settings, name: str, model: Linear
     [
         (np.array([1.0, 2.0, 3.0, 4.0, 5.5]), "1 of 5 predictions differ"),
         (np.array(["a", "b", "c", "d", "e"]), "5 of 5 predictions differ"),
-        (np.array([1.0]), "5 of 5 predictions differ"),
+        (np.array([1.0]), "1 answers for 5 rows"),
         (None, "it raises TypeError"),
     ],
     ids=lambda each: each if isinstance(each, str) else "",
@@ -510,9 +517,20 @@ def test_the_service_refuses_a_model_that_answers_otherwise_and_names_it(
         ({"rows": FEATURES.to_numpy()}, "A ndarray is no frame"),
         ({"rows": FEATURES.assign(a="x")}, "does not predict these rows"),
         ({"rows": FEATURES.assign(b=1j)}, "Column 'b'"),
-        ({"model": LinearRegression()}, "does not predict these rows"),
-        ({"model": "no model"}, "does not predict these rows"),
-        ({"model": lambda: 1}, "can't be pickled"),
+        ({"model": Answers(lambda: 1)}, "can't be pickled"),
+        ({"target": "a.b"}, "target: BigQuery has no column of the name 'a.b'"),
+        ({"target": "price ($)"}, "target: BigQuery has no column of the name 'price ($)'"),
+        ({"target": "x" * 301}, "at most 300"),
+        ({"target": ["  "]}, "target: BigQuery has no column of the name '  '"),
+        ({"metadata": {"target": ""}}, "target: BigQuery has no column of the name ''"),
+        ({"id_columns": ["id", "a.b"]}, "id_columns: BigQuery has no column of the name 'a.b'"),
+        ({"id_columns": ["id", "ID"]}, "id_columns names a column more than once: id, ID"),
+        ({"target": ["sum", "more"]}, "target has 2 names, but the model predicts 1 columns"),
+        ({"metrics": {"a": "high"}}, "could not convert string to float: 'high'. Pass numbers"),
+        ({"metrics": "high"}, "metadata.json can't be written"),
+        ({"metadata": {"id_columns": "id"}}, "id_columns: Input should be a valid list. Pass"),
+        ({"metadata": "by me"}, "metadata.json can't be written"),
+        ({"target": 1}, "metadata.json can't be written"),
     ],
     ids=lambda each: each if isinstance(each, str) else next(iter(each)),
 )
@@ -526,6 +544,81 @@ def test_what_can_not_be_published_is_told_and_leaves_nothing(
 
     assert told in str(refused.value)
     assert files(settings, name) == []
+
+
+@pytest.mark.parametrize("rows", [None, FEATURES], ids=["without rows", "with rows"])
+@pytest.mark.parametrize(
+    ("predictor", "told"),
+    [
+        (None, "is a NoneType, which can't predict"),
+        ({"coef": 1}, "is a dict, which can't predict"),
+        (StandardScaler().fit(FEATURES), "is a StandardScaler, which can't predict"),
+        (LogisticRegression, "not its class"),
+        (LogisticRegression(), "The LogisticRegression is not fitted"),
+        (make_pipeline(StandardScaler(), LogisticRegression()), "The Pipeline is not fitted"),
+        (FixedThresholdClassifier(LogisticRegression()), "is not fitted"),
+    ],
+    ids=lambda each: each if isinstance(each, str) else "",
+)
+def test_what_can_not_predict_is_told_and_leaves_nothing(
+    settings: Settings, name: str, predictor: Any, rows: pd.DataFrame | None, told: str
+) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        publish_model(predictor, name, rows=rows, settings=settings)
+
+    assert told in str(refused.value)
+    assert files(settings, name) == []
+
+
+@pytest.mark.parametrize(
+    "predictor",
+    [
+        Answers(np.arange(6)),
+        FixedThresholdClassifier(LogisticRegression().fit(FEATURES, WORDS == "yes")),
+        LearnsUnderItsOwnNames().fit(FEATURES, SUM),
+    ],
+    ids=lambda each: type(each).__name__,
+)
+def test_what_predicts_without_being_fitted_is_published(
+    settings: Settings, name: str, predictor: Any
+) -> None:
+    for rows in (None, FEATURES):
+        publish_model(predictor, name, rows=rows, settings=settings)
+
+    assert len(files(settings, name)) == 4
+
+
+def test_one_name_will_do_for_several_targets(
+    service: Client, cloud: Cloud, settings: Settings, name: str
+) -> None:
+    model = LinearRegression().fit(FEATURES, TWO)
+    publish_model(model, name, rows=FEATURES, target="y", id_columns="id", settings=settings)
+    table, output = cloud.put(pa.Table.from_pandas(ROWS)), cloud.new_table("scored")
+
+    assert service.predict(table, output, name).status_code == 200
+    assert list(cloud.columns(output))[:3] == ["id", "y_0", "y_1"]
+
+
+TEXTS = pd.DataFrame({"text": ["good", "bad", "good one", "bad one", "so good", "so bad"]})
+
+
+def test_a_model_of_text_has_to_pick_its_column_from_a_frame(
+    service: Client, cloud: Cloud, settings: Settings, name: str
+) -> None:
+    of_a_series = make_pipeline(TfidfVectorizer(), LogisticRegression()).fit(TEXTS["text"], WORDS)
+    with pytest.raises(InvalidRequest, match=r"1 answers for 5 rows\..* with a ColumnTransformer"):
+        publish_model(of_a_series, name, rows=TEXTS, settings=settings)
+    assert files(settings, name) == []
+
+    columns = make_column_transformer((TfidfVectorizer(), "text"))
+    of_a_frame = make_pipeline(columns, LogisticRegression()).fit(TEXTS, WORDS)
+    publish_model(of_a_frame, name, rows=TEXTS, settings=settings)
+    table, output = cloud.new_table(), cloud.new_table("scored")
+    bq_put(TEXTS, table, settings=settings)
+    response = service.predict(table, output, name, id_columns="text")
+    assert response.status_code == 200, response.text
+    told = {row["text"]: row["Prediction"] for row in cloud.rows(output)}
+    assert told == dict(zip(TEXTS["text"], of_a_frame.predict(TEXTS), strict=True))
 
 
 def test_a_bucket_that_is_not_there_is_told(

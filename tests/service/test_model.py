@@ -13,7 +13,9 @@ from typing import Any
 import joblib
 import numpy as np
 import pytest
-from sklearn.linear_model import LinearRegression
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LinearRegression, LogisticRegression
+from sklearn.pipeline import make_pipeline
 
 from tests.conftest import Client, Cloud
 from tests.service import models
@@ -360,6 +362,36 @@ def test_a_large_model_is_loaded_whole(cloud: Cloud, service: Client, table: str
     model = cloud.publish(models.Times(2, size=20_000_000))
 
     assert predictions(cloud, service, table, model) == [0, 2, 4]
+
+
+def test_a_model_that_takes_column_names_for_rows_is_refused_though_it_agrees_with_itself(
+    cloud: Cloud, service: Client, table: str
+) -> None:
+    texts = ["good", "bad", "good one", "bad one"]
+    estimator = make_pipeline(TfidfVectorizer(), LogisticRegression()).fit(texts, [1, 0, 1, 0])
+    [answer] = estimator.predict(["x"]).tolist()
+    model = cloud.publish(
+        estimator,
+        features=[{"name": "x", "type": "STRING"}],
+        frame="pandas",
+        golden={"rows": [{"x": text} for text in texts], "predictions": [answer]},
+    )
+    response = service.predict(table, cloud.new_table(), model)
+
+    problem = assert_problem(response, 500, model, "1 answers for 4 rows", "ColumnTransformer")
+    assert problem["type"] == "urn:mlsys:model-unusable"
+
+
+def test_a_target_that_no_column_can_be_named_by_is_refused_before_a_table_is_made(
+    cloud: Cloud, service: Client, table: str
+) -> None:
+    model, output = cloud.publish(models.Doubles(), target="price ($)"), cloud.new_table()
+
+    response = service.predict(table, output, model)
+
+    problem = assert_problem(response, 500, "'price ($)'", "metadata.json")
+    assert problem["type"] == "urn:mlsys:model-unusable"
+    assert not cloud.exists(output)
 
 
 def test_a_model_is_asked_again_by_golden_rows_that_are_new(

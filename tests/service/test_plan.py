@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 from google.cloud.bigquery import PolicyTagList, SchemaField
 
-from mlsys.errors import InvalidRequest, TableMismatch
+from mlsys.errors import InvalidRequest, ModelUnusable, TableMismatch
 from mlsys.frame import FrameKind
 from mlsys.names import TableRef
 from mlsys.tables import TableInfo, bigquery_column, standard_type
@@ -257,6 +257,17 @@ def test_an_id_column_of_a_name_that_the_output_has_anyway_is_refused_in_any_cas
 def test_a_target_of_a_name_that_the_output_has_anyway_is_refused() -> None:
     with pytest.raises(TableMismatch, match=r"modelname, ModelName.*another `target`"):
         result_columns([], [Output("modelname", pa.int64())])
+
+
+@pytest.mark.parametrize("name", ["a.b", "price ($)", "x" * 301, " ", ""])
+def test_a_target_that_no_column_can_be_named_by_is_the_models_fault(name: str) -> None:
+    with pytest.raises(ModelUnusable, match=r"no column of the name '.*metadata\.json"):
+        result_columns([column("id")], [PREDICTION, Output(name, pa.int64())])
+
+
+@pytest.mark.parametrize("name", ["y", "Größe", "7", "a b-c", "x" * 300])
+def test_a_target_may_have_any_name_that_bigquery_takes(name: str) -> None:
+    assert names(result_columns([], [Output(name, pa.int64())])) == [name, *TOLD]
 
 
 def test_at_most_twenty_clashing_names_are_told() -> None:
