@@ -26,6 +26,7 @@ from mlsys.blocking import blocking
 from mlsys.clients import vendor_errors
 from mlsys.errors import Changed, Conflict, InvalidRequest, NotFound
 from mlsys.names import shown
+from mlsys.progress import wait_bar
 from mlsys.settings import Settings
 
 _STAT_SECONDS = 30
@@ -220,7 +221,7 @@ def gcs_get(bucket_name: str, blob_path: str, *, settings: Settings | None = Non
             raise NotFound(f"gs://{bucket_name}/{blob_path} does not exist. Check both names.")
         return await read_blob(objects, blob)
 
-    with blocking(settings) as (loop, clients, _):
+    with wait_bar("reading"), blocking(settings) as (loop, clients, _):
         return loop.call(get, clients.objects)
 
 
@@ -243,7 +244,7 @@ def gcs_put(
     text = isinstance(data, str)
     content = data.encode() if text else bytes(data)
     content_type = "text/plain; charset=utf-8" if text else "application/octet-stream"
-    with blocking(settings) as (loop, clients, _):
+    with wait_bar("writing"), blocking(settings) as (loop, clients, _):
         loop.call(write_blob, clients.objects, bucket_name, blob_path, content, content_type)
 
 
@@ -280,5 +281,5 @@ def gcs_list_blobs(
     async def paths(objects: Storage) -> list[str]:
         return [blob.path async for blob in list_blobs(objects, bucket_name, blob_path)]
 
-    with blocking(settings) as (loop, clients, _):
+    with wait_bar("listing"), blocking(settings) as (loop, clients, _):
         return loop.call(paths, clients.objects)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import sys
-import time
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from rich.progress import (
     ProgressColumn,
     Task,
     TextColumn,
+    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.text import Text
@@ -47,26 +48,43 @@ def row_bar(what: str, *, console: Console | None = None, keep: bool = False) ->
     Yields:
         A function to call with the rows done, and the rows in all or None where that is unknown.
     """
+    columns = MofNCompleteColumn(), _RowsPerSecond(), TimeRemainingColumn()
+    with _bar(what, columns, console, keep) as progress:
+
+        def show(done: int, total: int | None = None) -> None:
+            progress.update(progress.task_ids[0], completed=done, total=total)
+
+        yield show
+
+
+@contextmanager
+def wait_bar(what: str, *, console: Console | None = None) -> Iterator[None]:
+    """Draws a bar that tells only of time, while the block runs. Arguments are as of `row_bar`."""
+    with _bar(what, (TimeElapsedColumn(),), console, keep=False):
+        yield
+
+
+@contextmanager
+def _bar(
+    what: str, columns: Sequence[ProgressColumn], console: Console | None, keep: bool
+) -> Iterator[Progress]:
     on = console or Console(stderr=True)
+    columns = TextColumn("  {task.description}", markup=False), BarColumn(), *columns
     if on.is_jupyter:
-        with _notebook_bar(what, keep) as show:
-            yield show
+        with _notebook_bar(what, columns, keep) as progress:
+            yield progress
         return
     unseen = console is None and not on.is_terminal
     with Progress(
-        *_columns(),
+        *columns,
         console=on,
         disable=unseen,
         # Or what the block prints into a file or a pipe would go to the terminal.
         redirect_stdout=sys.stdout.isatty(),
     ) as progress:
-        task = progress.add_task(what, total=None)
-
-        def show(done: int, total: int | None = None) -> None:
-            progress.update(task, completed=done, total=total)
-
+        progress.add_task(what, total=None)
         try:
-            yield show
+            yield progress
         finally:
             progress.live.transient = not (keep and _moved(progress))
 
@@ -76,41 +94,36 @@ def _moved(progress: Progress) -> bool:
     return any(task.completed or task.total is not None for task in progress.tasks)
 
 
-def _columns() -> tuple[ProgressColumn, ...]:
-    return (
-        TextColumn("  {task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        _RowsPerSecond(),
-        TimeRemainingColumn(),
-    )
-
-
 @contextmanager
-def _notebook_bar(what: str, keep: bool) -> Iterator[ShowRows]:
+def _notebook_bar(what: str, columns: Sequence[ProgressColumn], keep: bool) -> Iterator[Progress]:
     # Rich's own display needs ipywidgets, whose outputs are lost with the kernel, and warns in the
     # middle of the notebook where they are not installed. So rich draws, and IPython displays.
     paper = Console(file=io.StringIO(), force_jupyter=False, color_system=None, width=80)
-    progress = Progress(*_columns(), console=paper, auto_refresh=False)
-    task = progress.add_task(what, total=None)
+    progress = Progress(*columns, console=paper, auto_refresh=False)
+    progress.add_task(what, total=None)
     handle: Any = None
-    due = time.monotonic() + _NOTEBOOK_SECONDS
+    over = threading.Event()
 
     def draw() -> None:
-        nonlocal handle, due
-        due = time.monotonic() + _REDRAW_SECONDS
+        nonlocal handle
         with paper.capture() as drawn:
             paper.print(progress)
         handle = _put({"text/plain": drawn.get().rstrip()}, handle)
 
-    def show(done: int, total: int | None = None) -> None:
-        progress.update(task, completed=done, total=total)
-        if time.monotonic() >= due:
+    def draw_while_it_takes() -> None:
+        wait = _NOTEBOOK_SECONDS
+        while not over.wait(wait):
             draw()
+            wait = _REDRAW_SECONDS
 
+    # A thread, as the block may wait for something that tells of no progress.
+    drawing = threading.Thread(target=draw_while_it_takes, daemon=True)
+    drawing.start()
     try:
-        yield show
+        yield progress
     finally:
+        over.set()
+        drawing.join()
         if keep and _moved(progress):
             draw()
         elif handle is not None:

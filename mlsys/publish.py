@@ -45,6 +45,7 @@ from mlsys.names import (
     shown,
     version_number,
 )
+from mlsys.progress import wait_bar
 from mlsys.settings import Settings
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def publish_model(
     facts["sha256"] = hashlib.sha256(data).hexdigest()
     told, text = _told(metadata, facts, target=target, id_columns=id_columns, metrics=metrics)
     _check_columns(told)
-    with blocking(settings) as (loop, clients, chosen):
+    with wait_bar("publishing"), blocking(settings) as (loop, clients, chosen):
         bucket = chosen.model_bucket(Environment(env))
         return loop.call(_publish, clients.objects, bucket, name, version, data, text, told)
 

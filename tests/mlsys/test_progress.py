@@ -14,7 +14,7 @@ import threading
 import pytest
 from rich.console import Console
 
-from mlsys.progress import row_bar
+from mlsys.progress import row_bar, wait_bar
 from tests.service.support import process_environment
 
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -142,6 +142,15 @@ def test_a_bar_tells_what_is_done_of_what_and_may_stay() -> None:
     assert "1234/5000" in paper.getvalue()
 
 
+def test_who_waits_without_rows_sees_how_long() -> None:
+    paper = io.StringIO()
+    with wait_bar("publishing", console=Console(file=paper, width=100, force_terminal=True)):
+        pass
+
+    assert "publishing" in paper.getvalue()
+    assert "0:00:00" in paper.getvalue()
+
+
 def test_the_number_of_rows_may_be_unknown() -> None:
     paper = io.StringIO()
     with row_bar("reading", console=Console(file=paper, width=100), keep=True) as show:
@@ -185,16 +194,19 @@ finally:
 print(json.dumps(told))
 """
 IN_A_NOTEBOOK = """
-import warnings
+import time, warnings
 warnings.simplefilter("error")
 from mlsys import progress
 
 with progress.row_bar("reading") as show:
     show(1, 2)
-progress._NOTEBOOK_SECONDS = 0
+progress._NOTEBOOK_SECONDS = 0.1
 with progress.row_bar("writing") as show:
     show(500, 1000)
+    time.sleep(1)
 print("done")
+with progress.wait_bar("listing"):
+    time.sleep(1)
 """
 
 
@@ -208,9 +220,12 @@ def test_in_a_notebook_a_bar_is_displayed_where_one_waits_and_emptied_at_the_end
         check=True,
     )
 
-    (first, bar), *updates, printed = json.loads(done.stdout)
-    assert first == "display_data"
-    assert "writing" in bar["text/plain"]
-    assert "500/1000" in bar["text/plain"]
-    assert updates[-1] == ["update_display_data", {}]
-    assert printed == ["stream", "done\n"]
+    told = json.loads(done.stdout)
+    at = told.index(["stream", "done\n"])
+    for shown, what in ((told[:at], "500/1000"), (told[at + 1 :], "0:00:0")):
+        (first, bar), *updates = shown
+        assert first == "display_data"
+        assert ("writing" if what == "500/1000" else "listing") in bar["text/plain"]
+        assert what in bar["text/plain"]
+        assert len(updates) > 1  # It goes on while nothing is told.
+        assert updates[-1] == ["update_display_data", {}]
