@@ -6,7 +6,7 @@ import signal
 import subprocess
 import threading
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -337,7 +337,12 @@ def _rows(path: Path) -> Any:
     from mlsys.errors import InvalidRequest, redacted
     from mlsys.frame import FrameKind, to_arrow, to_frame
 
-    readers = {".csv": pyarrow.csv.read_csv, ".parquet": pyarrow.parquet.read_table}
+    # As BigQuery loads a file: what is not there is NULL, whatever the column's type.
+    nulls = pyarrow.csv.ConvertOptions(strings_can_be_null=True)
+    readers = {
+        ".csv": partial(pyarrow.csv.read_csv, convert_options=nulls),
+        ".parquet": pyarrow.parquet.read_table,
+    }
     if path.suffix not in readers:
         raise InvalidRequest(f"{path.name} is neither .parquet nor .csv.")
     try:

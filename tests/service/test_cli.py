@@ -18,7 +18,10 @@ import pyarrow.parquet as pq
 import pytest
 import typer
 from rich.console import Console
+from sklearn.ensemble import HistGradientBoostingRegressor
 from sklearn.linear_model import LinearRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import OrdinalEncoder
 from typer.testing import CliRunner, Result
 
 from mlsys.local import LocalServers
@@ -307,6 +310,29 @@ def test_publish_refuses_a_version_that_exists(
 
     assert again.exit_code == 1
     assert f"gs://mlsys-models-dev/{name}/v3/model.pkl exists" in again.stderr
+
+
+def test_what_a_csv_lacks_is_null_in_the_golden_rows(
+    servers: LocalServers, cloud: Cloud, tmp_path: Path
+) -> None:
+    frame = pa.table({"port": ["S", None, "C"], "x": [1.0, 2.0, None]}).to_pandas()
+    model = make_pipeline(OrdinalEncoder(), HistGradientBoostingRegressor()).fit(frame, [1, 2, 3])
+    (tmp_path / "model.pkl").write_bytes(pickle.dumps(model))
+    (tmp_path / "rows.csv").write_text("port,x\nS,1\n,2\nC,\n")
+    name = cloud.name("cli").replace("_", "-")
+
+    done = mlsys_here(
+        "publish",
+        str(tmp_path / "model.pkl"),
+        name,
+        f"--rows={tmp_path / 'rows.csv'}",
+        "--json",
+        **servers.env,
+    )
+
+    assert done.exit_code == 0, done.stderr
+    golden = json.loads(done.stdout)["golden"]["rows"]
+    assert [row["port"] for row in golden] == ["S", None, "C"]
 
 
 @pytest.mark.parametrize(
