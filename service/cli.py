@@ -273,6 +273,10 @@ def register(env: Env, url: Url = None, token: Token = None, as_json: AsJson = F
         result = register(url, env, token=token)
     else:
         result = _here("register_here", env)
+    for each in result.registered:
+        if each.problem is not None:
+            told = f"{each.name} {each.version}: {each.problem}"
+            _console.print(f"[yellow]![/] {escape(told)}", highlight=False)
     for each in result.skipped:
         _console.print(f"[yellow]![/] {escape(f'{each.path}: {each.reason}')}", highlight=False)
     counts = result.counts

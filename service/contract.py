@@ -253,6 +253,9 @@ class RegisteredModel(BaseModel):
     name: str
     version: str = Field(examples=["v3"])
     generation: int | None = Field(description="Unknown where an older row does not tell")
+    problem: str | None = Field(
+        None, description="Why it is registered as not verified: what its golden rows have shown"
+    )
 
 
 class SkippedObject(BaseModel):

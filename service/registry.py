@@ -128,12 +128,12 @@ async def scan(
     examined = await registry.examined() if verify else frozenset()
     readers = _Readers(clients.objects, models, skipped, verify, examined)
     await _register(readers, registry)
-    deleted = await registry.settle()
+    deleted, problems = await registry.settle()
     result = RegistryScan(
         env=env,
         bucket=bucket,
         table=str(registry.ref),
-        registered=sorted(map(_registered, models), key=_by_version),
+        registered=sorted((_registered(m, problems) for m in models), key=_by_version),
         deleted=deleted,
         skipped=sorted(skipped, key=lambda each: each.path),
         counts=RegistryCounts(
@@ -145,8 +145,15 @@ async def scan(
     return result
 
 
-def _registered(model: FoundModel) -> RegisteredModel:
-    return RegisteredModel(name=model.name, version=model.version, generation=model.blob.generation)
+def _registered(
+    model: FoundModel, problems: Mapping[tuple[str, str], str | None]
+) -> RegisteredModel:
+    return RegisteredModel(
+        name=model.name,
+        version=model.version,
+        generation=model.blob.generation,
+        problem=problems.get((model.name, model.version)),
+    )
 
 
 def _by_version(model: RegisteredModel) -> tuple[str, int]:
@@ -392,18 +399,24 @@ class _Registry:
             ScalarQueryParameter("last", "BOOL", last),
         )
 
-    async def settle(self) -> list[RegisteredModel]:
-        """Leaves one row a model; returns the models that this scan has marked as deleted."""
+    async def settle(self) -> tuple[list[RegisteredModel], dict[tuple[str, str], str | None]]:
+        """Leaves one row a model.
+
+        Returns:
+            The models that this scan has marked as deleted; and what is wrong with those that are
+            not verified, by name and version.
+        """
         rows = await self._run(_SETTLE)
         if any(row.copies > 1 for row in rows):
             await self._run(_one_row_each(self._columns))
-        return [
+        deleted = [
             RegisteredModel(
                 name=row.model_name, version=f"v{row.model_version}", generation=row.generation
             )
             for row in rows
             if row.gone
         ]
+        return deleted, {(row.model_name, f"v{row.model_version}"): row.problem for row in rows}
 
     async def _run(self, sql: str, *parameters: ScalarQueryParameter) -> list[Row]:
         return await run_statement(
@@ -465,11 +478,15 @@ THEN UPDATE SET deleted_at = @now
 _SETTLE = """
 SELECT
   model_name, model_version, MAX(generation) AS generation, COUNT(*) AS copies,
-  LOGICAL_OR(IFNULL(deleted_at = @now, FALSE)) AS gone
+  LOGICAL_OR(IFNULL(deleted_at = @now, FALSE)) AS gone,
+  MAX(IF(verified, NULL, verification)) AS problem
 FROM {table}
 WHERE environment = @environment
 GROUP BY model_name, model_version
-HAVING COUNT(*) > 1 OR LOGICAL_OR(IFNULL(deleted_at = @now, FALSE))
+HAVING
+  COUNT(*) > 1
+  OR LOGICAL_OR(IFNULL(deleted_at = @now, FALSE))
+  OR LOGICAL_OR(NOT IFNULL(verified, TRUE))
 ORDER BY model_name, model_version
 """
 

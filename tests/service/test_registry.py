@@ -361,6 +361,7 @@ def test_a_model_is_registered_with_all_that_the_bucket_and_its_metadata_tell(
                 "name": "titanic-survival",
                 "version": "v12",
                 "generation": int(stored["generation"]),
+                "problem": None,
             }
         ],
         "deleted": [],
@@ -668,7 +669,12 @@ def test_a_deleted_model_is_marked_and_kept_and_told_once(place: Place) -> None:
     ended = datetime.now(UTC)
     assert named(answer) == ["a/v1"]
     assert answer["deleted"] == [
-        {"name": "a", "version": "v2", "generation": before[1]["generation"]}
+        {
+            "name": "a",
+            "version": "v2",
+            "generation": before[1]["generation"],
+            "problem": None,
+        }
     ]
     assert answer["counts"]["deleted"] == 1
     assert reasons(answer) == {"a/v2/metadata.json": "There is no model.pkl beside it."}
@@ -923,6 +929,12 @@ def test_a_generation_is_verified_once_and_its_verdict_stays_until_the_next(plac
 
     assert asked_in_a_scan() == ["bad", "good"]
     assert verdicts() == {"good": (True, None), "bad": (False, "2 of 5 predictions differ")}
+    told = {each["name"]: each["problem"] for each in place.scan()["registered"]}
+    assert told == {
+        "good": None,
+        "bad": "2 of 5 predictions differ",
+        "without-golden-rows": None,
+    }
 
     assert asked_in_a_scan() == []
     place.scan_in_process()
