@@ -217,8 +217,8 @@ async def _predicting(
 ) -> Callable[[], Awaitable[None]]:
     """As many streams and threads as in a run make results of batches in memory."""
     shares = [_messages(job, share) for share in _shares(rows, session)]
-    work = await anyio.to_thread.run_sync(_work_of, job)
-    predict = in_threads(work, anyio.CapacityLimiter(settings.predict_threads))
+    limiter = anyio.CapacityLimiter(settings.predict_threads)
+    predict = in_threads(await anyio.to_thread.run_sync(_work_of, job), limiter)
     counted = 0
 
     async def drop(results: Any) -> None:

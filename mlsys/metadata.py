@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import to_jsonable_python
 
 from mlsys.errors import InvalidRequest
@@ -160,6 +160,12 @@ def _answers(model: Any, frame: Any) -> tuple[np.ndarray, np.ndarray | None]:
 
 def _dense(values: Any) -> np.ndarray:
     return np.atleast_1d(values.toarray() if hasattr(values, "toarray") else np.asarray(values))
+
+
+def first_mistake(error: ValidationError) -> tuple[str, str]:
+    """Where in a metadata.json it is, empty for all of it, and what it is: no value of the file."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    return ".".join(map(str, first["loc"])), first["msg"]
 
 
 def _miscounted(predictions: np.ndarray, rows: int) -> str | None:

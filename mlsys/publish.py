@@ -28,6 +28,7 @@ from mlsys.metadata import (
     GoldenRows,
     ModelMetadata,
     describe_features,
+    first_mistake,
     golden_rows,
     without_numpy,
 )
@@ -174,8 +175,7 @@ def _told(
 def _said(error: Exception) -> str:
     if not isinstance(error, ValidationError):
         return redacted(str(error))
-    first = error.errors(include_url=False, include_input=False)[0]
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return ": ".join(first_mistake(error))
 
 
 def _names(names: str | Sequence[str] | None) -> list[str] | None:

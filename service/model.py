@@ -31,7 +31,7 @@ from mlsys.errors import (
 )
 from mlsys.frame import FrameKind
 from mlsys.gcs import Blob, find_blob, list_blobs, read_blob
-from mlsys.metadata import ModelMetadata, golden_mismatch
+from mlsys.metadata import ModelMetadata, first_mistake, golden_mismatch
 from mlsys.names import (
     LATEST,
     METADATA_FILE,
@@ -287,10 +287,9 @@ async def _metadata(objects: Storage, blob: Blob, *, pinned: bool) -> ModelMetad
     try:
         return ModelMetadata.model_validate_json(await _read(objects, blob, pinned=pinned))
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(map(str, first["loc"]))
+        where, what = first_mistake(error)
         raise ModelUnusable(
-            f"gs://{blob.bucket}/{blob.path} can't be used: {where} {first['msg']}. Mend it and "
+            f"gs://{blob.bucket}/{blob.path} can't be used: {where} {what}. Mend it and "
             "upload it again."
         ) from error
 

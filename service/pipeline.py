@@ -186,12 +186,12 @@ async def append(
     Returns:
         The streams, finalized; and the number of rows in them: all there are.
     """
-    plan = job.plan
+    plan, cores = job.plan, int(limiter.total_tokens)
     found: dict[str, Any] = {}
 
     async def try_model(source: Source) -> None:
         found["workers"] = await _workers(
-            job, source, settings=settings, limiter=limiter, fits=fits
+            job, source, cores, settings=settings, limiter=limiter, fits=fits
         )
 
     async def make_places() -> None:
@@ -202,7 +202,7 @@ async def append(
                 plan.output_columns,
                 retry_seconds=settings.retry_seconds,
             )
-        found["shards"] = await _create_shards(clients, job, settings, int(limiter.total_tokens))
+        found["shards"] = await _create_shards(clients, job, settings, cores)
 
     # Rows are on their way while there is no place for them yet: the model is tried on the first.
     async with reading(clients.storage, job.session, settings) as sources:
@@ -219,7 +219,7 @@ async def append(
             processes=workers,
         )
         # A model's own threads, where there are fewer shards than cores.
-        threads = max(1, int(limiter.total_tokens) // max(1, len(shards)))
+        threads = max(1, cores // max(1, len(shards)))
         async with _predicting(job, settings, workers, threads, limiter) as predict:
             means = Means(
                 api=clients.storage,
@@ -318,13 +318,13 @@ async def _create_shards(clients: Clients, job: Job, settings: Settings, cores: 
 async def _workers(
     job: Job,
     source: Source,
+    cores: int,
     *,
     settings: Settings,
     limiter: anyio.CapacityLimiter,
     fits: Callable[[int], bool],
 ) -> int:
     """In how many processes the model is to predict; 0: in this one."""
-    cores = int(limiter.total_tokens)
     calls = min(cores, settings.worker_processes, job.shards(cores))
     if calls < 2 or not fits(calls * WORKER_BYTES):
         return 0

@@ -36,7 +36,7 @@ from mlsys.errors import (
     redacted,
 )
 from mlsys.gcs import Blob, find_blob, list_blobs, read_blob
-from mlsys.metadata import ModelMetadata
+from mlsys.metadata import ModelMetadata, first_mistake
 from mlsys.names import (
     METADATA_FILE,
     MODEL_FILE,
@@ -299,9 +299,8 @@ def _parse(data: bytes) -> tuple[ModelMetadata, str]:
             content, ensure_ascii=False, allow_nan=False, separators=(",", ":")
         )
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        told = f"{shown(where)}: {first['msg']}" if where else first["msg"]
+        where, what = first_mistake(error)
+        told = f"{shown(where)}: {what}" if where else what
         raise _Unusable(f"It can't be used: {told}.") from error
     except ValueError as error:
         raise _Unusable(f"It can't be used: Invalid JSON: {redacted(str(error))}.") from error

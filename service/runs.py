@@ -36,6 +36,10 @@ _END_SECONDS = 1.0
 _TIDY_UP_SECONDS = 5.0
 
 
+class _Cancelled(Unavailable):
+    """Somebody wanted the run to end."""
+
+
 class Run:
     """One run, from its request to its result or its error."""
 
@@ -137,10 +141,6 @@ class Run:
             _log.warning("run failed", error=type(error).__name__, detail=str(error))
         else:
             _log.error("run failed", exc_info=error)
-
-
-class _Cancelled(Unavailable):
-    """Somebody wanted the run to end."""
 
 
 class Runs:

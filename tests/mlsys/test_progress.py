@@ -222,10 +222,11 @@ def test_in_a_notebook_a_bar_is_displayed_where_one_waits_and_emptied_at_the_end
 
     told = json.loads(done.stdout)
     at = told.index(["stream", "done\n"])
-    for shown, what in ((told[:at], "500/1000"), (told[at + 1 :], "0:00:0")):
+    rows, time_alone = (told[:at], "writing", "500/1000"), (told[at + 1 :], "listing", "0:00:0")
+    for shown, what, how_far in (rows, time_alone):
         (first, bar), *updates = shown
         assert first == "display_data"
-        assert ("writing" if what == "500/1000" else "listing") in bar["text/plain"]
         assert what in bar["text/plain"]
+        assert how_far in bar["text/plain"]
         assert len(updates) > 1  # It goes on while nothing is told.
         assert updates[-1] == ["update_display_data", {}]
