@@ -169,6 +169,8 @@ def test_a_run_whose_owner_is_gone_is_taken_over_with_the_same_pins(
     if state == "running":
         del left["streams"], left["rows"]
         cloud.query(f"DELETE FROM `{wanted['output_table']}` WHERE TRUE")
+    over = {"lease_until": datetime.now(UTC).isoformat()}
+    store(cloud, wanted, json.dumps(record | over).encode())
     assert not run_of(service, wanted)["abandoned"]
     store(cloud, wanted, json.dumps(left).encode())
     assert run_of(service, wanted)["abandoned"]

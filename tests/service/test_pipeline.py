@@ -109,6 +109,20 @@ def test_there_is_a_shard_a_core_where_each_has_a_chunk(
     assert job.shards(cores=4) == shards
 
 
+def test_a_shard_that_gets_no_rows_has_nothing_to_commit(
+    start_behind: Callable[..., Client], rows: RowsProxy, cloud: Cloud, table: str, doubles: str
+) -> None:
+    service, output = start_behind(predict_threads=2), cloud.new_table()
+
+    response = service.predict(table, output, doubles, chunk_rows=250, where="id < 10")
+
+    assert response.json()["rows"] == cloud.count(output) == 10
+    assert len(rows.messages("CreateWriteStream")) == 2
+    assert len(rows.messages("FinalizeWriteStream")) == 1
+    [message] = rows.messages("BatchCommitWriteStreams")
+    assert len(types.BatchCommitWriteStreamsRequest.deserialize(message).write_streams) == 1
+
+
 def test_a_table_of_one_chunk_has_one_write_stream(
     start_behind: Callable[..., Client], rows: RowsProxy, cloud: Cloud, table: str, doubles: str
 ) -> None:

@@ -955,6 +955,9 @@ def test_a_generation_is_verified_once_and_its_verdict_stays_until_the_next(plac
     assert asked_in_a_scan() == ["good"]
     assert verdicts() == {"good": (False, "2 of 5 predictions differ"), "bad": (True, None)}
     assert asked_in_a_scan() == []
+    place.put("good/v1/metadata.json", GOLDEN)
+    assert asked_in_a_scan() == ["good"]
+    assert verdicts() == {"good": (True, None), "bad": (True, None)}
 
 
 def test_a_model_that_is_deleted_as_it_is_verified_has_no_verdict_and_fails_no_scan(
