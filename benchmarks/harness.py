@@ -38,8 +38,11 @@ if TYPE_CHECKING:
 
 MIB = 2**20
 RESULTS = Path(__file__).parent / "results"
-# What the Dockerfile sets of the environment that counts: one arena to allocate from.
-AS_IN_THE_IMAGE = {"MALLOC_ARENA_MAX": "1"}
+# What the Dockerfile sets of the environment that counts: one arena of each kind to allocate from.
+AS_IN_THE_IMAGE = {
+    "MALLOC_ARENA_MAX": "1",
+    "JE_ARROW_MALLOC_CONF": "narenas:1,dirty_decay_ms:10000",
+}
 
 _START_SECONDS = 60
 _RUN_SECONDS = 3600
