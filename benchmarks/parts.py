@@ -30,7 +30,7 @@ from anyio.abc import TaskGroup
 
 from benchmarks import models, tables
 from benchmarks.models import Kind
-from benchmarks.storage_server import ROOT, Synthetic
+from benchmarks.storage_server import ROOT, Synthetic, shared_out
 from mlsys.append import AppendLimits, append_stream, create_stream
 from mlsys.clients import Clients, open_clients
 from mlsys.local import PROJECT, LocalServers
@@ -216,7 +216,7 @@ async def _predicting(
     job: Job, session: ReadSession, rows: int, clients: Clients, settings: Settings
 ) -> Callable[[], Awaitable[None]]:
     """As many streams and threads as in a run make results of batches in memory."""
-    shares = [_messages(job, share) for share in _shares(rows, session)]
+    shares = [_messages(job, share) for share in shared_out(rows, len(session.streams))]
     limiter = anyio.CapacityLimiter(settings.predict_threads)
     predict = in_threads(await anyio.to_thread.run_sync(_work_of, job), limiter)
     counted = 0
@@ -231,17 +231,12 @@ async def _predicting(
             for messages in shares:
                 results_in, results_out = anyio.create_memory_object_stream[pa.RecordBatch](0)
                 source = Source(_giving(messages, tasks))
-                stage = partial(predict_stream, predict, source, results_in, sizes=job.sizes)
+                stage = partial(predict_stream, predict, source.chunk, results_in, sizes=job.sizes)
                 tasks.start_soon(stage)
                 tasks.start_soon(drop, results_out)
         assert counted == rows
 
     return work
-
-
-def _shares(rows: int, session: ReadSession) -> list[int]:
-    streams = len(session.streams)
-    return [rows // streams + (number < rows % streams) for number in range(streams)]
 
 
 def _giving(batches: Sequence[pa.RecordBatch], tasks: TaskGroup) -> Any:
@@ -296,7 +291,7 @@ async def _appending(
     """Results in memory go into as many streams as the service has."""
     results = await _results(job)
     limits = AppendLimits(settings.append_request_bytes, settings.append_unacked_bytes)
-    shares = [_copies(results, share) for share in _shares(rows, session)]
+    shares = [_copies(results, share) for share in shared_out(rows, len(session.streams))]
     sinks = [await create_stream(clients.storage, job.plan.output) for _ in shares]
 
     async def append(sink: str, given: Any) -> None:

@@ -62,6 +62,7 @@ class Options:
     Attributes:
         message_bytes: about how large a message of rows is, before it is compressed.
         most_streams: the most streams that a read session gets.
+        first_share: of the rows that the first of several streams gets; 0: as many as each other.
         read_latency: seconds before each message of a read stream.
         append_latency: seconds from an append to its answer; more are taken meanwhile.
         read_bandwidth, append_bandwidth: bytes a second, over all streams together.
@@ -72,6 +73,7 @@ class Options:
 
     message_bytes: int = tables.MESSAGE_BYTES
     most_streams: int = 1000
+    first_share: float = 0
     read_latency: float = 0
     append_latency: float = 0
     read_bandwidth: float = 0
@@ -336,9 +338,8 @@ class StorageServer(grpc.GenericRpcHandler):
         )
         session.arrow_schema.serialized_schema = rows.batch.schema.serialize().to_pybytes()
         streams = min(request.max_stream_count or 1, self.options.most_streams, shape.rows)
-        for number in range(streams):
+        for number, share in enumerate(shared_out(shape.rows, streams, self.options.first_share)):
             name = f"{session.name}/streams/{number}"
-            share = shape.rows // streams + (number < shape.rows % streams)
             self._sources[name] = Source(rows, share)
             session.streams.add().name = name
         return session
@@ -438,6 +439,14 @@ async def _answer_late(
         at, answer = due
         await asyncio.sleep(at - time.monotonic())
         await context.write(answer)
+
+
+def shared_out(rows: int, streams: int, first: float = 0) -> list[int]:
+    """The rows of each stream: as many each, but for the first where it has a part of its own."""
+    if first and streams > 1:
+        begin = round(first * rows)
+        return [begin, *shared_out(rows - begin, streams - 1)]
+    return [rows // streams + (number < rows % streams) for number in range(streams)]
 
 
 def _unary(request: Any, work: Callable[..., Any]) -> grpc.RpcMethodHandler:

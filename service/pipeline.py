@@ -12,7 +12,6 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import cycle
 from typing import Any
 
 import anyio
@@ -34,7 +33,7 @@ from service.plan import Plan, choose_columns, make_plan, output_schema
 from service.predict import Predict, Predictor, Work, describe, in_threads
 from service.shard import Means, Shard, reading, run_shards
 from service.sizing import ChunkSize
-from service.source import Source
+from service.source import Sources
 from service.threads import Threads
 from service.trial import interpreter_bound
 from service.workers import WORKER_BYTES, Assignment, in_processes
@@ -189,9 +188,9 @@ async def append(
     plan, cores = job.plan, int(limiter.total_tokens)
     found: dict[str, Any] = {}
 
-    async def try_model(source: Source) -> None:
+    async def try_model(sources: Sources) -> None:
         found["workers"] = await _workers(
-            job, source, cores, settings=settings, limiter=limiter, fits=fits
+            job, sources, cores, settings=settings, limiter=limiter, fits=fits
         )
 
     async def make_places() -> None:
@@ -207,10 +206,9 @@ async def append(
     # Rows are on their way while there is no place for them yet: the model is tried on the first.
     async with reading(clients.storage, job.session, settings) as sources:
         async with task_group() as tasks:
-            if sources:
-                tasks.start_soon(try_model, next(iter(sources.values())))
+            tasks.start_soon(try_model, sources)
             tasks.start_soon(make_places)
-        shards, workers = found["shards"], found.get("workers", 0)
+        shards, workers = found["shards"], found["workers"]
         _log.info(
             "run started",
             rows=plan.rows,
@@ -298,7 +296,6 @@ async def commit(
 
 
 async def _create_shards(clients: Clients, job: Job, settings: Settings, cores: int) -> list[Shard]:
-    """Several share a read stream where there are more of them."""
     sinks = [""] * job.shards(cores)
 
     async def create(number: int) -> None:
@@ -309,15 +306,12 @@ async def _create_shards(clients: Clients, job: Job, settings: Settings, cores: 
     async with task_group() as tasks:
         for number in range(len(sinks)):
             tasks.start_soon(create, number)
-    return [
-        Shard(number, source, sink)
-        for number, (source, sink) in enumerate(zip(cycle(job.session.streams), sinks))
-    ]
+    return [Shard(number, sink) for number, sink in enumerate(sinks)]
 
 
 async def _workers(
     job: Job,
-    source: Source,
+    sources: Sources,
     cores: int,
     *,
     settings: Settings,
@@ -329,7 +323,7 @@ async def _workers(
     if calls < 2 or not fits(calls * WORKER_BYTES):
         return 0
     bound = await interpreter_bound(
-        job.predictor, source, job.table_rows, limiter=limiter, calls=calls
+        job.predictor, sources.peek, job.table_rows, limiter=limiter, calls=calls
     )
     return calls if bound else 0
 

@@ -33,7 +33,7 @@ from mlsys.tables import BIGQUERY_TO_ARROW, bigquery_column, standard_type
 from service.arrays import class_path, on_arrays, plain_numbers
 from service.plan import TOLD, Output, Plan
 from service.sizing import ChunkSize, Cost
-from service.source import Chunk, Source
+from service.source import Chunk, NextChunk
 from service.threads import Threads
 
 PREDICTION, PROBABILITY = "Prediction", "PredictionProbability"
@@ -334,12 +334,16 @@ type Predict = Callable[[pa.Table], Awaitable[Predicted]]
 
 
 async def predict_stream(
-    predict: Predict, source: Source, out: ObjectSendStream[pa.RecordBatch], *, sizes: ChunkSize
+    predict: Predict,
+    next_chunk: NextChunk,
+    out: ObjectSendStream[pa.RecordBatch],
+    *,
+    sizes: ChunkSize,
 ) -> None:
-    """Predicts a source chunk by chunk and sends the rows of the output table to `out`.
+    """Predicts chunk by chunk and sends the rows of the output table to `out`.
 
     Args:
-        source: others may take chunks of it as well.
+        next_chunk: others may call it as well.
         sizes: how many rows a call gets; told what each call cost.
 
     Raises:
@@ -351,13 +355,13 @@ async def predict_stream(
         try:
             result = await predict(chunk.rows)
         except Blame as blame:
-            raise blame.named(source.number, chunk.first_row) from blame.__cause__
+            raise blame.named(chunk.stream, chunk.first_row) from blame.__cause__
         if not sizes.settled:  # To add up the bytes takes a while.
             sizes.learn(chunk.rows.num_rows, result.cost, chunk.rows.nbytes)
         return result.batches
 
     async with out:
-        while (chunk := await source.chunk(sizes.rows)) is not None:
+        while (chunk := await next_chunk(sizes.rows)) is not None:
             batches = await predicted(chunk)
             del chunk  # Or it would stay in memory until the next has come; so would its batch.
             while batches:

@@ -1,19 +1,21 @@
-"""The unit of work: rows of a read stream in, one pending write stream out.
+"""The unit of work: chunks of read streams in, one pending write stream out.
 
-    read stream → chunks → predictions → append → pending stream
+    read streams → chunks → predictions → append → pending stream
 
 Between the stages nothing is buffered: rows move on when the next stage asks for them, so memory
-follows from the size of a chunk. A read stream may feed several shards, each of which takes the
-next chunk when it is done with one: BigQuery gives smaller tables a single read stream, and takes a
-few megabytes a second into each write stream. A shard knows nothing of HTTP, of the other shards or
-of how they are committed.
+follows from the size of a chunk. A shard takes the next chunk when it is done with one, of the read
+stream that it begins with for as long as that has rows, then of the others. For BigQuery gives
+smaller tables a single read stream and may fill several unevenly, and it takes a few megabytes a
+second into each write stream. A shard knows nothing of HTTP, of the other shards or of how they are
+committed.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import anyio
 import pyarrow as pa
@@ -27,15 +29,14 @@ from mlsys.settings import Settings
 from mlsys.tasks import task_group
 from service.predict import Predict, predict_stream
 from service.sizing import ChunkSize
-from service.source import Source
+from service.source import NextChunk, Source, Sources
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Its number in the run, and the names of its two streams."""
+    """Its number in the run, and the name of its write stream."""
 
     number: int
-    source: str
     sink: str
 
 
@@ -58,8 +59,8 @@ class Means:
 @asynccontextmanager
 async def reading(
     api: StorageApi, session: ReadSession, settings: Settings
-) -> AsyncIterator[dict[str, Source]]:
-    """Reads all streams of a session for as long as the block lasts; each by its name.
+) -> AsyncIterator[Sources]:
+    """Reads all streams of a session for as long as the block lasts.
 
     Each is as fast as its chunks are taken.
 
@@ -78,20 +79,19 @@ async def reading(
         )
         source.end(rows)
 
-    sources = {}
+    sources = []
     with ExitStack() as received:
         async with task_group() as tasks:
             for number, stream in enumerate(session.streams):
                 batches_in, batches_out = anyio.create_memory_object_stream[pa.RecordBatch](0)
-                sources[stream] = Source(received.enter_context(batches_out), number)
-                tasks.start_soon(read, stream, sources[stream], batches_in)
-            yield sources
+                source = Source(received.enter_context(batches_out), number)
+                sources.append(source)
+                tasks.start_soon(read, stream, source, batches_in)
+            yield Sources(sources)
             tasks.cancel_scope.cancel()
 
 
-async def run_shards(
-    shards: Sequence[Shard], sources: Mapping[str, Source], means: Means
-) -> dict[int, int]:
+async def run_shards(shards: Sequence[Shard], sources: Sources, means: Means) -> dict[int, int]:
     """Carries out shards side by side; their rows by their numbers. Nothing is visible yet.
 
     Raises:
@@ -101,26 +101,26 @@ async def run_shards(
     counts: dict[int, int] = {}
 
     async def run(shard: Shard) -> None:
-        counts[shard.number] = await _run(shard, sources[shard.source], means)
+        next_chunk = partial(sources.chunk, first=shard.number)
+        counts[shard.number] = await _run(shard, next_chunk, means)
 
     async with task_group() as tasks:
         for shard in shards:
             tasks.start_soon(run, shard)
-    for name, source in sources.items():
-        appended = sum(counts[shard.number] for shard in shards if shard.source == name)
-        if (read := await source.rows()) != appended:
-            raise IntegrityError(
-                f"{read:,} rows were read but {appended:,} appended. Nothing was written."
-            )
+    appended = sum(counts.values())
+    if (read := await sources.rows()) != appended:
+        raise IntegrityError(
+            f"{read:,} rows were read but {appended:,} appended. Nothing was written."
+        )
     return counts
 
 
-async def _run(shard: Shard, source: Source, means: Means) -> int:
+async def _run(shard: Shard, next_chunk: NextChunk, means: Means) -> int:
     settings = means.settings
     results_in, results_out = anyio.create_memory_object_stream[pa.RecordBatch](0)
 
     async def predict_all() -> None:
-        await predict_stream(means.predict, source, results_in, sizes=means.sizes)
+        await predict_stream(means.predict, next_chunk, results_in, sizes=means.sizes)
 
     # The receive end outlives the sender, so that a stage that fails is the one that is heard.
     with results_out:

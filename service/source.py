@@ -1,8 +1,9 @@
-"""The rows of a read stream, as chunks for whoever asks for the next one."""
+"""The rows of read streams, as chunks for whoever asks for the next one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import anyio
@@ -14,10 +15,18 @@ from mlsys.chunk import Rechunker
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows that follow each other in their stream, the first of which is its `first_row` there."""
+    """Rows that follow each other in a read stream, the first of which is its `first_row`.
 
+    `stream` is the number of the stream in the run.
+    """
+
+    stream: int
     first_row: int
     rows: pa.Table
+
+
+# Gives the next so many rows, or as many as there are left; None: there are none.
+type NextChunk = Callable[[int], Awaitable[Chunk | None]]
 
 
 class Source:
@@ -30,7 +39,7 @@ class Source:
     """
 
     def __init__(self, batches: ObjectReceiveStream[pa.RecordBatch], number: int = 0) -> None:
-        self.number = number
+        self._number = number
         self._batches = batches
         self._peeked: pa.RecordBatch | None = None
         self._rechunker = Rechunker(1)
@@ -67,7 +76,7 @@ class Source:
                     self._at_end, self._chunks = True, self._rechunker.rest()
             first_row = self._first_row
             self._first_row += chunk.num_rows
-            return Chunk(first_row, chunk)
+            return Chunk(self._number, first_row, chunk)
 
     async def _receive(self) -> pa.RecordBatch:
         if self._peeked is None:
@@ -84,3 +93,41 @@ class Source:
         """How many rows were read, once all are."""
         await self._ended.wait()
         return self._rows
+
+
+class Sources:
+    """All read streams of a run, which ends when the last of them does."""
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self._sources = sources
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    async def peek(self) -> pa.RecordBatch:
+        """A batch that is the next of its stream: of the first stream that has rows.
+
+        Raises:
+            anyio.EndOfStream: there is none.
+        """
+        for source in self._sources:
+            with suppress(anyio.EndOfStream):
+                return await source.peek()
+        raise anyio.EndOfStream
+
+    async def chunk(self, rows: int, *, first: int) -> Chunk | None:
+        """The next so many rows of a stream, or as many as it has left; None: there are none.
+
+        Args:
+            first: the number of the stream that is asked first. When it has come to its end the
+                others are, in their order: BigQuery may give one most of the rows.
+        """
+        for number in range(len(self)):
+            source = self._sources[(first + number) % len(self)]
+            if (chunk := await source.chunk(rows)) is not None:
+                return chunk
+        return None
+
+    async def rows(self) -> int:
+        """How many rows were read, once all are."""
+        return sum([await source.rows() for source in self._sources])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 from threading import Lock, Thread
@@ -19,7 +19,6 @@ import pyarrow as pa
 import structlog
 
 from service.predict import in_thread
-from service.source import Source
 from service.threads import Threads
 
 _log = structlog.get_logger(__name__)
@@ -64,7 +63,7 @@ class Trial:
 
 async def interpreter_bound(
     predictor: Callable[[pa.Table], object],
-    source: Source,
+    peek: Callable[[], Awaitable[pa.RecordBatch]],
     rows: int,
     *,
     limiter: anyio.CapacityLimiter,
@@ -73,14 +72,14 @@ async def interpreter_bound(
     """Whether the model's calls hold the interpreter, and so much that processes pay.
 
     Args:
-        source: whose next batch the model is tried on; it stays the next.
+        peek: gives a batch to try the model on, which stays the next to be read.
         rows: in the table, at most.
         calls: that would run at once.
     """
     if rows < _FEWEST_ROWS:
         return False
     try:
-        sample = pa.Table.from_batches([await source.peek()])
+        sample = pa.Table.from_batches([await peek()])
     except anyio.EndOfStream:
         return False
     trial = await in_thread(partial(_tried, predictor, sample, rows), limiter)

@@ -47,7 +47,7 @@ def server(running: Synthetic) -> Iterator[Synthetic]:
     """The server, which counts anew, and is as it was after the test."""
     running.anew()
     yield running
-    running.set(paused=False, pause_after=0, message_bytes=tables.MESSAGE_BYTES)
+    running.set(paused=False, pause_after=0, first_share=0, message_bytes=tables.MESSAGE_BYTES)
 
 
 @pytest.fixture
@@ -100,6 +100,17 @@ async def test_streams_hold_exactly_the_rows_of_the_table(
     assert sum(counts) == ROWS == (await counted(server)).rows_read
     assert max(counts) - min(counts) <= 1
     assert session.schema == tables.schema(kind)
+
+
+@pytest.mark.parametrize(("first", "counts"), [(0.9, [22_501, 1250, 1250]), (1, [ROWS, 0, 0])])
+async def test_the_first_stream_may_have_a_share_of_its_own(
+    api: StorageApi, server: Synthetic, first: float, counts: list[int]
+) -> None:
+    await told(server, first_share=first)
+    session = await session_of(api, source(), max_streams=3)
+    read_of = [await read(api, session, stream) for stream in session.streams]
+
+    assert [sum(batch.num_rows for batch in each) for each in read_of] == counts
 
 
 async def test_messages_are_about_as_large_as_told(api: StorageApi, server: Synthetic) -> None:

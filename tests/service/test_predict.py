@@ -920,7 +920,7 @@ async def stream(
         with anyio.fail_after(PATIENCE):
             await predict_stream(
                 predicting(predictor, plan, batches, limiter),
-                Source(batches_out, number),
+                Source(batches_out, number).chunk,
                 results_in,
                 sizes=sizes_of(plan),
             )
@@ -1033,7 +1033,7 @@ def test_every_row_before_the_chunk_that_failed_has_gone_on() -> None:
             with pytest.raises(ModelRaised):
                 await predict_stream(
                     predicting(predictor, plan, rows.to_batches()),
-                    Source(batches_out),
+                    Source(batches_out).chunk,
                     results_in,
                     sizes=sizes_of(plan),
                 )
@@ -1059,13 +1059,13 @@ def test_several_who_predict_one_source_have_every_row_once_and_tell_its_place(
             with batches_in, results_in:
                 for batch in rows.to_batches(max_chunksize=70):
                     batches_in.send_nowait(batch)
-                source, sizes = Source(batches_out, 4), sizes_of(plan)
+                next_chunk, sizes = Source(batches_out, 4).chunk, sizes_of(plan)
                 predict = predicting(predictor, plan, rows.to_batches(), anyio.CapacityLimiter(3))
                 batches_in.close()
                 async with task_group() as tasks:
                     for _ in range(3):
                         work = partial(
-                            predict_stream, predict, source, results_in.clone(), sizes=sizes
+                            predict_stream, predict, next_chunk, results_in.clone(), sizes=sizes
                         )
                         tasks.start_soon(work)
             return [result async for result in results_out]
@@ -1105,7 +1105,7 @@ def test_of_a_chunk_that_is_done_nothing_is_kept_while_the_next_is_predicted() -
             async with task_group() as tasks:
                 tasks.start_soon(drop)
                 sizes = ChunkSize(10, most_bytes=1)
-                await predict_stream(predict, Source(batches_out), results_in, sizes=sizes)
+                await predict_stream(predict, Source(batches_out).chunk, results_in, sizes=sizes)
 
     anyio.run(main)
     assert len(made) == 3
@@ -1381,7 +1381,7 @@ def test_a_run_that_is_cancelled_ends_at_once_though_the_model_is_at_work() -> N
                     tasks.start_soon(
                         lambda: predict_stream(
                             predicting(predictor, plan, rows.to_batches()),
-                            Source(batches_out),
+                            Source(batches_out).chunk,
                             results_in,
                             sizes=sizes_of(plan),
                         )

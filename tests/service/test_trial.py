@@ -27,10 +27,10 @@ async def bound(predictor, *batches: pa.RecordBatch, rows: int = MANY) -> bool:
                 await sent.send(batch)
         source = Source(received)
         limiter = anyio.CapacityLimiter(1)
-        decided = await interpreter_bound(predictor, source, rows, limiter=limiter, calls=2)
+        decided = await interpreter_bound(predictor, source.peek, rows, limiter=limiter, calls=2)
         kept = await source.chunk(rows)
         given = [batch for batch in batches if batch.num_rows]
-        assert kept == (Chunk(0, pa.Table.from_batches(given)) if given else None)
+        assert kept == (Chunk(0, 0, pa.Table.from_batches(given)) if given else None)
     return decided
 
 
