@@ -51,7 +51,7 @@ class ChunkSize:
 
     Args:
         rows: as many as the caller asked for; None: it is to be found out.
-        most_bytes: of a chunk that was found out, as Arrow has it.
+        most_bytes: of a chunk whose size is found out.
 
     `settled` is whether chunks grow no more.
     """

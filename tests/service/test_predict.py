@@ -1111,6 +1111,28 @@ def test_of_a_chunk_that_is_done_nothing_is_kept_while_the_next_is_predicted() -
     assert len(made) == 3
 
 
+def test_a_chunk_of_booleans_is_no_larger_than_others_once_a_model_has_it() -> None:
+    columns = 50
+    batch = pa.record_batch({f"b{n}": [n % 2 == 0] * 20_000 for n in range(columns)})
+    sizes, asked = ChunkSize(most_bytes=4_000_000), []
+
+    async def predict(rows: pa.Table) -> Predicted:
+        asked.append(rows.num_rows)
+        return Predicted([], Cost(1e-9, 1e-9))
+
+    async def main() -> None:
+        batches_in, batches_out = anyio.create_memory_object_stream[pa.RecordBatch](math.inf)
+        results_in, results_out = anyio.create_memory_object_stream[pa.RecordBatch](0)
+        with batches_out, results_out:
+            with batches_in:
+                for _ in range(20):
+                    batches_in.send_nowait(batch)
+            await predict_stream(predict, Source(batches_out).chunk, results_in, sizes=sizes)
+
+    anyio.run(main)
+    assert 8 * columns * max(asked) <= 4_000_000 < 2 * 8 * columns * max(asked)
+
+
 def raises_unless_alone(rows: pd.DataFrame) -> pd.Series:
     if len(rows) > 1 and rows["x"].max() > 5:
         raise OverflowError(f"too many: {rows['x'].tolist()}")
