@@ -40,6 +40,13 @@ SAMPLES = ("titanic_train", "titanic_test")
 
 _START_SECONDS = 60
 _STOP_SECONDS = 5
+_BIGQUERY_SETTINGS = {
+    # The Avro extension is not on the package index, and nothing here needs it.
+    "BQEMU_ENABLE_FORMAT_EXTENSIONS": "false",
+    "BQEMU_METRICS_ENABLED": "false",
+    # BigQuery has no such limit for a pending stream; by itself it is 10 million.
+    "BQEMU_WRITE_API_MAX_STREAM_ROWS": str(10**12),
+}
 # bqemulator with room for more threads: a read that is left before its end keeps one for good, and
 # by itself the server has a handful of them. After that many it answers no more. And without copies
 # of the past: it would make one of the whole table after each write, and keep it for a week.
@@ -147,12 +154,14 @@ def free_ports(count: int) -> list[int]:
 @contextmanager
 def _process(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     # A session of its own, so that Ctrl-C reaches us alone and its children are stopped with it.
-    # The Avro extension is not on the package index, and nothing here needs it.
-    env = os.environ | {"BQEMU_ENABLE_FORMAT_EXTENSIONS": "false", "BQEMU_METRICS_ENABLED": "false"}
     with (
         log.open("wb") as output,
         subprocess.Popen(
-            ends_with_us(command), stdout=output, stderr=output, start_new_session=True, env=env
+            ends_with_us(command),
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            env=os.environ | _BIGQUERY_SETTINGS,
         ) as process,
     ):
         try:
