@@ -144,6 +144,9 @@ async def read_stream(
                 silence.begin()
                 while (message := await call.read()) is not grpc.aio.EOF:
                     silence.end()
+                    if not message.size:  # It may carry statistics alone.
+                        silence.begin()
+                        continue
                     batch = pa.ipc.read_record_batch(message, session.schema)
                     await out.send(batch)
                     rows += batch.num_rows

@@ -217,7 +217,8 @@ class StorageServer(grpc.GenericRpcHandler):
         stop, fault = replies.popleft() if replies else (math.inf, None)
         for batch in _window(self.sources[request.read_stream], request.offset, stop):
             response = types.ReadRowsResponse.pb()(row_count=batch.num_rows)
-            response.arrow_record_batch.serialized_record_batch = batch.serialize().to_pybytes()
+            if batch.num_columns:  # Else the message is one of statistics alone.
+                response.arrow_record_batch.serialized_record_batch = batch.serialize().to_pybytes()
             await context.write(response)
             call.answers += 1
             self._change()

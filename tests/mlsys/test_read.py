@@ -100,6 +100,16 @@ async def test_a_stream_is_sent_whole_and_in_order(server: StorageServer, api: S
     assert call.metadata["x-goog-request-params"] == "read_stream=s"
 
 
+async def test_a_message_without_rows_is_passed_over(
+    server: StorageServer, api: StorageApi
+) -> None:
+    without = pa.record_batch({})
+    server.sources["s"] = [without, ids(0, 5), without, ids(5, 5), ids(5, 7), without]
+
+    assert await read_ids(server, api) == list(range(7))
+    assert len(server.of("ReadRows")) == 1
+
+
 @pytest.mark.parametrize(
     "fault",
     [
