@@ -32,6 +32,7 @@ from mlsys.errors import (
 )
 from mlsys.names import TableRef
 from mlsys.retry import OVERWRITTEN, Silence, resuming, retrying
+from mlsys.settings import LARGEST_APPEND
 from mlsys.tasks import task_group
 from mlsys.wire import append_request
 
@@ -96,9 +97,9 @@ async def append_stream(
 ) -> int:
     """Appends every batch to a pending stream, in order, and returns when all are acknowledged.
 
-    Batches are cut so that no request is larger than `limits.request_bytes`, and no more than
-    `limits.unacked_bytes` are under way. Their bytes are kept until they are acknowledged; after
-    a lost connection they are sent again from the first that was not.
+    Batches are cut so that no request of several rows is larger than `limits.request_bytes`, and
+    no more than `limits.unacked_bytes` are under way. Their bytes are kept until they are
+    acknowledged; after a lost connection they are sent again from the first that was not.
 
     Args:
         schema: of every batch; columns are matched to the table's by name.
@@ -302,19 +303,19 @@ def _check_error(error: Any) -> None:
 
 
 def split(batch: pa.RecordBatch, limit: int) -> Iterator[pa.RecordBatch]:
-    """Cuts a batch into slices of at most `limit` serialized bytes.
+    """Cuts a batch into slices of at most `limit` serialized bytes, or of one row.
 
     Raises:
-        InvalidRequest: a single row is larger than that.
+        InvalidRequest: a single row is larger than BigQuery takes.
     """
     size = pa.ipc.get_record_batch_size(batch)
-    if size <= limit:
+    if size <= limit or (batch.num_rows == 1 and size <= LARGEST_APPEND):
         yield batch
         return
     if batch.num_rows == 1:
         raise InvalidRequest(
-            f"A row of {size:,} bytes is larger than an append may be ({limit:,} bytes). "
-            "Carry fewer or shorter columns to the output with id_columns."
+            f"A row of {size:,} bytes is larger than BigQuery takes ({LARGEST_APPEND:,} bytes). "
+            "Write fewer or shorter columns; in a run, those of id_columns."
         )
     rows = max(1, min(batch.num_rows // 2, batch.num_rows * limit // size))
     for start in range(0, batch.num_rows, rows):

@@ -230,12 +230,23 @@ def test_a_batch_is_cut_into_few_slices_that_are_its_rows(make: Any, limit: int)
     assert len(parts) <= 1 if size <= limit else 4 * (size // limit + 1)
 
 
+async def test_a_row_that_is_larger_than_requests_are_made_goes_alone(
+    server: StorageServer, api: StorageApi
+) -> None:
+    large = "x" * (LIMITS.unacked_bytes + 1)
+    batch = pa.record_batch({"id": [0, 1, 2, 3], "text": ["a", large, "b", "c"]})
+    append = await append_all(api, [batch], schema=batch.schema)
+
+    assert_stored_once(server, append, 4)
+    assert server.sinks[append.stream].batches[1].equals(batch.slice(1, 1))
+
+
 async def test_a_row_that_fits_no_request_is_the_callers_mistake(
     server: StorageServer, api: StorageApi
 ) -> None:
-    batch = pa.record_batch({"id": [1, 2, 3], "text": ["a", "x" * 200_000, "b"]})
+    batch = pa.record_batch({"id": [1, 2, 3], "text": ["a", "x" * (LARGEST_APPEND + 1), "b"]})
 
-    with pytest.raises(InvalidRequest, match=r"A row of 200,\d+ bytes .* \(100,000 bytes\)"):
+    with pytest.raises(InvalidRequest, match=r"A row of 9,437,\d+ bytes .* \(9,437,184 bytes\)"):
         await append_all(api, [batch], schema=batch.schema)
     for call in server.of("AppendRows"):
         await call.ended.wait()
