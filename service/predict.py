@@ -18,6 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import cached_property, partial
+from itertools import count
 from typing import Any
 
 import anyio
@@ -255,8 +256,9 @@ def _as_names(labels: Sequence[object]) -> Iterator[str]:
     for label in labels:
         shown = f"{label:g}" if isinstance(label, float) else str(label)
         name = plain = re.sub(r"\W", "_", shown, flags=re.ASCII)
+        numbers = count(len(taken))
         while name.casefold() in taken:
-            name = f"{plain}_{len(taken)}"
+            name = f"{plain}_{next(numbers)}"
         taken.add(name.casefold())
         yield name
 
@@ -287,6 +289,8 @@ def _usual_kind(estimator: Any) -> pa.DataType:
 
 # What is looked through of an exception's message: some quote the whole frame.
 _MOST_READ = 10_000
+# No float has more. Python makes no int of more than 4,300.
+_MOST_DIGITS = 400
 _NUMBER = re.compile(r"\d+(?:\.\d*)?(?:[eE][-+]?\d{1,3})?")
 
 _ZEROS = {
@@ -536,6 +540,8 @@ def _flat(values: Iterable[Any]) -> Iterator[Any]:
 
 def _shows(number: str, size: float) -> bool:
     """Whether a number in a message is this one, rounded to as many digits."""
+    if len(number) > _MOST_DIGITS:
+        return False
     if number.isdecimal():
         return int(number) == size
     digits, _, exponent = number.lower().partition("e")

@@ -547,6 +547,8 @@ def test_class_labels_are_cleaned_to_be_parts_of_column_names(
         ["Cat", "cAT", "cat"],
         ["-1", "+1", "_1", "1"],
         ["_", "-", " ", "__"],
+        ["Type", "Type_2", "type"],
+        ["Type", "Type_2", "Type_3", "TYPE", "type"],
     ],
 )
 def test_class_labels_that_clash_after_cleaning_have_columns_of_their_own(
@@ -1255,6 +1257,16 @@ def test_an_error_never_quotes_a_value_of_the_row(secret: str, template: str) ->
     assert error.members["row"] == 0
     said = str(error).partition("ValueError")[2].partition("Nothing was written")[0]
     assert not TELLING.search(said), said
+
+
+def test_a_message_of_more_digits_than_python_makes_an_int_of_is_told() -> None:
+    def answer(rows: pd.DataFrame) -> Any:
+        raise ValueError("no float: " + "7" * 5000)
+
+    error = raised(Answers(answer), pa.table({"x": ["7" * 5000], "n": [3]}), features=("x", "n"))
+
+    assert error.members["row"] == 0
+    assert "7777" not in str(error)
 
 
 LIBRARIES: dict[str, tuple[Any, pa.Table]] = {
