@@ -108,38 +108,45 @@ async def retrying[T](
     seconds: float,
     also: Callable[[BaseException], bool] = lambda _: False,
 ) -> T:
-    """Awaits `call()` until it succeeds, fails for good, or `seconds` have gone by."""
-    async for attempt in stamina.retry_context(
-        on=lambda error: transient(error) or also(error), attempts=None, timeout=seconds
-    ):
-        with attempt:
-            return await call()
-    raise AssertionError("the last attempt raises")
+    """Awaits `call()` until it succeeds, fails for good, or has failed for `seconds`."""
+    return await resuming(call, progress=lambda: 0, seconds=seconds, also=also)
 
 
 async def resuming[T](
-    work: Callable[[], Awaitable[T]], *, progress: Callable[[], int], seconds: float
+    work: Callable[[], Awaitable[T]],
+    *,
+    progress: Callable[[], int],
+    seconds: float,
+    also: Callable[[BaseException], bool] = lambda _: False,
 ) -> T:
     """Runs `work` again after each transient failure, for as long as it gets further.
 
     Args:
         work: takes up where it was left off each time it is called.
         progress: how far the work has come; a number that only grows.
-        seconds: how long to try without any progress.
+        seconds: how long to try without any progress, from the first failure on.
+        also: what else passes by itself.
     """
+    failed_at = None
     while True:
-        reached = progress()
+        reached, attempts, began = progress(), 0, anyio.current_time()
         try:
             async for attempt in stamina.retry_context(
-                on=lambda error, at=reached: progress() == at and transient(error),
+                on=lambda error, at=reached: progress() == at and (transient(error) or also(error)),
                 attempts=None,
                 timeout=seconds,
             ):
+                attempts += 1
                 with attempt:
                     return await work()
-        except (grpc.aio.AioRpcError, *_LOST) as error:
-            wait = transient(error)
-            if progress() == reached or not wait:
+        except Exception as error:
+            wait = transient(error) or also(error)
+            # stamina's time begins with the first attempt, which may have waited for longer than
+            # that for an answer.
+            waited = anyio.current_time() - began > seconds
+            first = waited and attempts == 1 and failed_at != reached
+            failed_at = reached
+            if not wait or (progress() == reached and not first):
                 raise
             if wait is not True:
                 await anyio.sleep(wait)

@@ -144,6 +144,28 @@ async def test_the_wait_that_a_server_asks_for_is_kept() -> None:
     assert waits == pytest.approx([0.015, 0.025])
 
 
+@pytest.mark.parametrize("failures", [1, 2])
+async def test_time_counts_from_the_first_failure_however_long_that_was_in_coming(
+    failures: int,
+) -> None:
+    calls = 0
+
+    async def call() -> str:
+        nonlocal calls
+        calls += 1
+        if calls > failures:
+            return "an answer"
+        await anyio.sleep(0.1)
+        raise TimeoutError
+
+    if failures == 1:
+        assert await retrying(call, seconds=0.05) == "an answer"
+    else:
+        with pytest.raises(TimeoutError):
+            await retrying(call, seconds=0.05)
+    assert calls == 2
+
+
 class Work:
     """Work that gets on by a step each time, and then fails, as long as it has failures."""
 
