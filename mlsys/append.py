@@ -149,6 +149,7 @@ class _Appender:
         self._batches = batches
         self._limits = limits
         self._tell = acked
+        self._parts: Iterator[pa.RecordBatch] = iter(())
         self._unsent: deque[_Rows] = deque()
         self._unacked: deque[_Rows] = deque()
         self._unacked_bytes = 0
@@ -206,16 +207,20 @@ class _Appender:
     async def _next(self) -> _Rows | None:
         """What is to be sent next, still in `_unsent`; None at the end."""
         while not self._unsent:
+            # One at a time: a part takes as much memory again once it is serialized.
+            if (part := next(self._parts, None)) is not None:
+                self._unsent.append(_Rows(self._next_offset, part.num_rows, part.serialize()))
+                self._next_offset += part.num_rows
+                continue
+            self._parts = iter(())  # It would hold its batch until the next has come.
             try:
                 batch = await self._batches.receive()
             except anyio.EndOfStream:
                 self._at_end = True
                 return None
-            if not batch.num_rows:
-                continue
-            for part in split(batch, self._limits.request_bytes):
-                self._unsent.append(_Rows(self._next_offset, part.num_rows, part.serialize()))
-                self._next_offset += part.num_rows
+            if batch.num_rows:
+                self._parts = split(batch, self._limits.request_bytes)
+            del batch
         return self._unsent[0]
 
     async def _room_for(self, rows: _Rows) -> None:
