@@ -8,6 +8,7 @@ and counted, one call commits what they have written.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -204,7 +205,8 @@ async def append(
         found["shards"] = await _create_shards(clients, job, settings, cores)
 
     # Rows are on their way while there is no place for them yet: the model is tried on the first.
-    async with reading(clients.storage, job.session, settings) as sources:
+    most_bytes = sys.maxsize if plan.chunk_rows else settings.chunk_bytes
+    async with reading(clients.storage, job.session, settings, most_bytes=most_bytes) as sources:
         async with task_group() as tasks:
             tasks.start_soon(try_model, sources)
             tasks.start_soon(make_places)

@@ -34,7 +34,7 @@ from mlsys.tables import BIGQUERY_TO_ARROW, bigquery_column, standard_type
 from service.arrays import class_path, on_arrays, plain_numbers
 from service.plan import TOLD, Output, Plan
 from service.sizing import ChunkSize, Cost
-from service.source import Chunk, NextChunk
+from service.source import Chunk, NextChunk, size_of
 from service.threads import Threads
 
 PREDICTION, PROBABILITY = "Prediction", "PredictionProbability"
@@ -361,7 +361,7 @@ async def predict_stream(
         except Blame as blame:
             raise blame.named(chunk.stream, chunk.first_row) from blame.__cause__
         if not sizes.settled:  # To add up the bytes takes a while.
-            sizes.learn(chunk.rows.num_rows, result.cost, _bytes(chunk.rows))
+            sizes.learn(chunk.rows.num_rows, result.cost, size_of(chunk.rows))
         return result.batches
 
     async with out:
@@ -370,15 +370,6 @@ async def predict_stream(
             del chunk  # Or it would stay in memory until the next has come; so would its batch.
             while batches:
                 await out.send(batches.pop(0))
-
-
-# What a value takes in an array of floats, or as a reference to an object.
-_VALUE_BYTES = 8
-
-
-def _bytes(rows: pa.Table) -> int:
-    """A chunk's, in Arrow or as a model gets it, whichever is more: booleans are bits here."""
-    return max(rows.nbytes, _VALUE_BYTES * rows.num_rows * rows.num_columns)
 
 
 def in_threads(work: Work, limiter: anyio.CapacityLimiter) -> Predict:

@@ -12,6 +12,7 @@ committed.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -58,11 +59,14 @@ class Means:
 
 @asynccontextmanager
 async def reading(
-    api: StorageApi, session: ReadSession, settings: Settings
+    api: StorageApi, session: ReadSession, settings: Settings, *, most_bytes: int = sys.maxsize
 ) -> AsyncIterator[Sources]:
     """Reads all streams of a session for as long as the block lasts.
 
     Each is as fast as its chunks are taken.
+
+    Args:
+        most_bytes: of a chunk.
 
     Raises:
         Whatever `read_stream` raises.
@@ -84,7 +88,8 @@ async def reading(
         async with task_group() as tasks:
             for number, stream in enumerate(session.streams):
                 batches_in, batches_out = anyio.create_memory_object_stream[pa.RecordBatch](0)
-                source = Source(received.enter_context(batches_out), number)
+                received.enter_context(batches_out)
+                source = Source(batches_out, number, most_bytes=most_bytes)
                 sources.append(source)
                 tasks.start_soon(read, stream, source, batches_in)
             yield Sources(sources)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,6 +12,14 @@ import pyarrow as pa
 from anyio.abc import ObjectReceiveStream
 
 from mlsys.chunk import Rechunker
+
+# What a value takes in an array of floats, or as a reference to an object.
+_VALUE_BYTES = 8
+
+
+def size_of(rows: pa.Table | pa.RecordBatch) -> int:
+    """Bytes of rows, in Arrow or as a model gets them, if that is more: booleans are bits here."""
+    return max(rows.nbytes, _VALUE_BYTES * rows.num_rows * rows.num_columns)
 
 
 @dataclass(frozen=True)
@@ -36,12 +45,21 @@ class Source:
         batches: what is read, which is closed by whoever opened it: a stage that fails would break
             the reader off, and be heard after it.
         number: of the stream among those of the run.
+        most_bytes: of a chunk, by the average row of its last batch.
     """
 
-    def __init__(self, batches: ObjectReceiveStream[pa.RecordBatch], number: int = 0) -> None:
+    def __init__(
+        self,
+        batches: ObjectReceiveStream[pa.RecordBatch],
+        number: int = 0,
+        *,
+        most_bytes: int = sys.maxsize,
+    ) -> None:
         self._number = number
         self._batches = batches
         self._peeked: pa.RecordBatch | None = None
+        self._most_bytes = most_bytes
+        self._most_rows = sys.maxsize
         self._rechunker = Rechunker(1)
         self._chunks: Iterator[pa.Table] = iter(())
         self._at_end = False
@@ -61,19 +79,27 @@ class Source:
         return self._peeked
 
     async def chunk(self, rows: int) -> Chunk | None:
-        """The next so many rows, or as many as there are left; None: there are none.
+        """The next so many rows, or as many as there are left or may be; None: there are none.
 
         Where another's call was cancelled, as many as it had asked for.
         """
         async with self._turn:
-            self._rechunker.rows = rows
+            self._rechunker.rows = min(rows, self._most_rows)
             while (chunk := next(self._chunks, None)) is None:
                 if self._at_end:
                     return None
                 try:
-                    self._chunks = self._rechunker.push(await self._receive())
+                    batch = await self._receive()
                 except anyio.EndOfStream:
                     self._at_end, self._chunks = True, self._rechunker.rest()
+                    continue
+                if batch.num_rows:
+                    self._most_rows = max(
+                        1, self._most_bytes * batch.num_rows // max(size_of(batch), 1)
+                    )
+                self._rechunker.rows = min(rows, self._most_rows)
+                self._chunks = self._rechunker.push(batch)
+                del batch
             first_row = self._first_row
             self._first_row += chunk.num_rows
             return Chunk(self._number, first_row, chunk)

@@ -161,3 +161,35 @@ async def test_what_is_peeked_at_is_of_the_first_stream_that_has_rows() -> None:
         await none.peek()
     with sources_of() as none, pytest.raises(anyio.EndOfStream):
         await none.peek()
+
+
+@pytest.mark.parametrize("batch_rows", [1, 3, 50])
+async def test_chunks_of_large_rows_have_fewer(batch_rows: int) -> None:
+    row_bytes, most_bytes, rows = 10_000, 45_000, 50
+    values = ["x" * row_bytes] * rows
+    table = pa.table({"id": range(rows), "text": values})
+    sent, received = anyio.create_memory_object_stream[pa.RecordBatch](math.inf)
+    with received:
+        with sent:
+            for batch in table.to_batches(max_chunksize=batch_rows):
+                sent.send_nowait(batch)
+        source = Source(received, most_bytes=most_bytes)
+        chunks = []
+        while (chunk := await source.chunk(2048)) is not None:
+            chunks.append(chunk)
+
+    assert {chunk.rows.num_rows for chunk in chunks} == {4, 2}
+    assert all(chunk.rows.nbytes <= most_bytes for chunk in chunks)
+    assert pa.concat_tables([chunk.rows for chunk in chunks]).equals(table)
+    assert [chunk.first_row for chunk in chunks] == list(range(0, rows, 4))
+
+
+async def test_a_row_that_is_larger_than_a_chunk_is_one() -> None:
+    sent, received = anyio.create_memory_object_stream[pa.RecordBatch](math.inf)
+    with received:
+        with sent:
+            sent.send_nowait(pa.record_batch({"text": ["x" * 1000] * 3}))
+        source = Source(received, most_bytes=10)
+        for number in range(3):
+            chunk = await source.chunk(2)
+            assert (chunk.first_row, chunk.rows.num_rows) == (number, 1)
