@@ -212,7 +212,6 @@ class _Appender:
                 self._unsent.append(_Rows(self._next_offset, part.num_rows, part.serialize()))
                 self._next_offset += part.num_rows
                 continue
-            self._parts = iter(())  # It would hold its batch until the next has come.
             try:
                 batch = await self._batches.receive()
             except anyio.EndOfStream:
@@ -220,7 +219,6 @@ class _Appender:
                 return None
             if batch.num_rows:
                 self._parts = split(batch, self._limits.request_bytes)
-            del batch
         return self._unsent[0]
 
     async def _room_for(self, rows: _Rows) -> None:

@@ -57,7 +57,7 @@ class Settings(BaseSettings):
         6 * MIB, description="Most bytes of a chunk whose size is found out"
     )
     append_request_bytes: Annotated[PositiveInt, Field(le=LARGEST_APPEND)] = Field(
-        2 * MIB, description="Largest append request"
+        2 * MIB, description="Largest append request of more than one row"
     )
     append_unacked_bytes: PositiveInt = Field(
         4 * MIB, description="Bytes a stream has under way before it waits for an answer"

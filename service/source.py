@@ -99,7 +99,6 @@ class Source:
                     )
                 self._rechunker.rows = min(rows, self._most_rows)
                 self._chunks = self._rechunker.push(batch)
-                del batch
             first_row = self._first_row
             self._first_row += chunk.num_rows
             return Chunk(self._number, first_row, chunk)
