@@ -284,6 +284,17 @@ _BY_STATUS = {
     503: errors.Unavailable,
     504: errors.Unavailable,
 }
+# Where a status alone would mislead: 403 stands for a quota as well as for missing access.
+# https://cloud.google.com/bigquery/docs/error-messages#errortable
+_BY_REASON = {
+    "billingNotEnabled": errors.InvalidRequest,
+    "responseTooLarge": errors.InvalidRequest,
+    "blocked": errors.Unavailable,
+    "jobBackendError": errors.Unavailable,
+    "jobInternalError": errors.Unavailable,
+    "tableUnavailable": errors.Unavailable,
+}
+_QUOTA_REASONS = {"quotaExceeded", "rateLimitExceeded", "jobRateLimitExceeded"}
 _BY_CODE = {
     grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidRequest,
     grpc.StatusCode.FAILED_PRECONDITION: errors.InvalidRequest,
@@ -302,6 +313,9 @@ _SAID = {
     errors.IntegrityError: "lost an append",
     errors.Unavailable: "can't be reached just now. Nothing was written; try again",
 }
+_OVER_QUOTA = (
+    "is over a quota of the project. Nothing was written; try again later, or ask Google for more"
+)
 
 
 @contextmanager
@@ -310,10 +324,16 @@ def vendor_errors(subject: str) -> Iterator[None]:
     try:
         yield
     except grpc.aio.AioRpcError as error:
+        if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
+            raise errors.Unavailable(f"{subject} {_OVER_QUOTA}.") from error
         ours = _BY_CODE.get(error.code(), errors.Unavailable)
         raise _ours(ours, subject, error.details()) from error
     except api_exceptions.GoogleAPICallError as error:
-        ours = _BY_STATUS.get(error.code or 500, errors.Unavailable)
+        reasons = [each.get("reason") for each in error.errors if isinstance(each, dict)]
+        if error.code == 429 or _QUOTA_REASONS.intersection(reasons):
+            raise errors.Unavailable(f"{subject} {_OVER_QUOTA}.") from error
+        by_reason = next((_BY_REASON[each] for each in reasons if each in _BY_REASON), None)
+        ours = by_reason or _BY_STATUS.get(error.code or 500, errors.Unavailable)
         raise _ours(ours, subject, error.message) from error
     except aiohttp.ClientResponseError as error:
         ours = _BY_STATUS.get(error.status, errors.Unavailable)

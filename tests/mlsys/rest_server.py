@@ -76,7 +76,9 @@ def rest_server() -> Iterator[RestServer]:
 REASONS = {400: "invalid", 403: "accessDenied", 404: "notFound", 503: "backendError"}
 
 
-def google_error(status: int, message: str = "the server's own words") -> Answer:
+def google_error(
+    status: int, message: str = "the server's own words", reason: str | None = None
+) -> Answer:
     """An error as Google's REST APIs word it."""
-    details = {"message": message, "reason": REASONS.get(status, "other")}
+    details = {"message": message, "reason": reason or REASONS.get(status, "other")}
     return status, {"error": {"code": status, "message": message, "errors": [details]}}

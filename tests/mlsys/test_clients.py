@@ -244,6 +244,40 @@ def test_each_status_of_bigquerys_rest_api_is_one_of_our_errors(
     assert str(raised.value).startswith("The table")
 
 
+@pytest.mark.parametrize(
+    ("status", "reason", "kind", "says"),
+    [
+        (403, "quotaExceeded", Unavailable, "over a quota"),
+        (403, "rateLimitExceeded", Unavailable, "over a quota"),
+        (400, "jobRateLimitExceeded", Unavailable, "over a quota"),
+        (403, "billingNotEnabled", InvalidRequest, "the server's own words"),
+        (403, "responseTooLarge", InvalidRequest, "the server's own words"),
+        (403, "blocked", Unavailable, "try again"),
+        (400, "tableUnavailable", Unavailable, "try again"),
+        (403, "accessDenied", AccessDenied, "Grant them access"),
+    ],
+)
+def test_a_reason_says_more_than_the_status(
+    rest: RestServer, status: int, reason: str, kind: type[MlsysError], says: str
+) -> None:
+    rest.answer = lambda _: google_error(status, reason=reason)
+    client = bigquery_client(rest.url)
+    with pytest.raises(MlsysError, match=says) as raised, vendor_errors("The table"):
+        client.get_table("my-project.d.t", retry=None)
+    client.close()
+    assert type(raised.value) is kind
+
+
+@pytest.mark.anyio
+async def test_a_used_up_quota_of_the_storage_api_is_called_that(
+    server: StorageServer, api: StorageApi
+) -> None:
+    server.replies["FinalizeWriteStream"].append(Fault(CODES.RESOURCE_EXHAUSTED, "hush"))
+
+    with pytest.raises(Unavailable, match="It is over a quota"), vendor_errors("It"):
+        await api.finalize_write_stream(types.FinalizeWriteStreamRequest.pb()())
+
+
 @pytest.mark.anyio
 @pytest.mark.parametrize("status", BY_STATUS)
 async def test_each_status_of_cloud_storage_is_one_of_our_errors(
