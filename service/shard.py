@@ -92,7 +92,9 @@ async def reading(
                 source = Source(batches_out, number, most_bytes=most_bytes)
                 sources.append(source)
                 tasks.start_soon(read, stream, source, batches_in)
-            yield Sources(sources)
+            found = Sources(sources)
+            tasks.start_soon(found.look)
+            yield found
             tasks.cancel_scope.cancel()
 
 

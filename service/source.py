@@ -12,6 +12,7 @@ import pyarrow as pa
 from anyio.abc import ObjectReceiveStream
 
 from mlsys.chunk import Rechunker
+from mlsys.tasks import task_group
 
 # What a value takes in an array of floats, or as a reference to an object.
 _VALUE_BYTES = 8
@@ -69,14 +70,22 @@ class Source:
         self._ended = anyio.Event()
 
     async def peek(self) -> pa.RecordBatch:
-        """The next batch that has rows, which stays the next; not while chunks are taken.
+        """The next batch that has rows, which stays the next. Before any chunk is taken.
 
         Raises:
             anyio.EndOfStream: there is none.
         """
-        while self._peeked is None or not self._peeked.num_rows:
-            self._peeked = await self._batches.receive()
-        return self._peeked
+        async with self._turn:
+            while self._peeked is None or not self._peeked.num_rows:
+                self._peeked = await self._batches.receive()
+            return self._peeked
+
+    @property
+    def ready(self) -> bool:
+        """Whether rows have come for which nobody waits."""
+        sent = self._batches.statistics()
+        here = self._peeked is not None or sent.tasks_waiting_send or sent.current_buffer_used
+        return bool(here) and not self._turn.statistics().locked
 
     async def chunk(self, rows: int) -> Chunk | None:
         """The next so many rows, or as many as there are left or may be; None: there are none.
@@ -125,30 +134,46 @@ class Sources:
 
     def __init__(self, sources: Sequence[Source]) -> None:
         self._sources = sources
+        self._first: Source | None = None
+        self._looked = anyio.Event()
 
     def __len__(self) -> int:
         return len(self._sources)
 
+    async def look(self) -> None:
+        """Waits for the first rows of every stream; `peek` waits until one has some."""
+
+        async def look(source: Source) -> None:
+            with suppress(anyio.EndOfStream):
+                await source.peek()
+                self._first = self._first or source
+                self._looked.set()
+
+        async with task_group() as tasks:
+            for source in self._sources:
+                tasks.start_soon(look, source)
+        self._looked.set()
+
     async def peek(self) -> pa.RecordBatch:
-        """A batch that is the next of its stream: of the first stream that has rows.
+        """The first batch that comes, while somebody looks. It stays the next of its stream.
 
         Raises:
             anyio.EndOfStream: there is none.
         """
-        for source in self._sources:
-            with suppress(anyio.EndOfStream):
-                return await source.peek()
-        raise anyio.EndOfStream
+        await self._looked.wait()
+        if self._first is None:
+            raise anyio.EndOfStream
+        return await self._first.peek()
 
     async def chunk(self, rows: int, *, first: int) -> Chunk | None:
         """The next so many rows of a stream, or as many as it has left; None: there are none.
 
         Args:
-            first: the number of the stream that is asked first. When it has come to its end the
-                others are, in their order: BigQuery may give one most of the rows.
+            first: the number of the stream that is asked first. Where it has no rows at hand the
+                others are, in their order: BigQuery may give one most of them, or be slow with one.
         """
-        for number in range(len(self)):
-            source = self._sources[(first + number) % len(self)]
+        turn = [self._sources[(first + number) % len(self)] for number in range(len(self))]
+        for source in sorted(turn, key=lambda source: not source.ready):
             if (chunk := await source.chunk(rows)) is not None:
                 return chunk
         return None

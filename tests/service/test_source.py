@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import anyio
 import anyio.lowlevel
@@ -121,7 +122,7 @@ def sources_of(*streams: list[pa.RecordBatch]) -> Iterator[Sources]:
 
 
 async def test_a_stream_is_asked_first_for_as_long_as_it_has_rows() -> None:
-    with sources_of([ids(0, 2)], [ids(2, 5)], [ids(5, 6)]) as sources:
+    with sources_of([ids(0, 2)], [ids(2, 4), ids(4, 5)], [ids(5, 6)]) as sources:
         # Numbers go round, as there may be more of those who ask than streams.
         assert await sources.chunk(2, first=4) == Chunk(1, 0, pa.table(ids(2, 4)))
         assert await sources.chunk(2, first=1) == Chunk(1, 2, pa.table(ids(4, 5)))
@@ -155,12 +156,55 @@ async def test_who_begins_with_a_stream_of_few_rows_goes_on_with_the_others() ->
 
 async def test_what_is_peeked_at_is_of_the_first_stream_that_has_rows() -> None:
     with sources_of([], [ids(0, 0)], [ids(0, 3)]) as sources:
-        assert await sources.peek() == ids(0, 3)
+        await sources.look()
+        assert await sources.peek() == await sources.peek() == ids(0, 3)
         assert await sources.chunk(3, first=0) == Chunk(2, 0, pa.table(ids(0, 3)))
     with sources_of([ids(0, 0)], []) as none, pytest.raises(anyio.EndOfStream):
+        await none.look()
         await none.peek()
     with sources_of() as none, pytest.raises(anyio.EndOfStream):
+        await none.look()
         await none.peek()
+
+
+async def test_nobody_waits_for_a_slow_stream_where_another_has_rows() -> None:
+    sent, received = anyio.create_memory_object_stream[pa.RecordBatch](math.inf)
+    later: list[Chunk | None] = []
+
+    async def take(sources: Sources) -> None:
+        later.append(await sources.chunk(5, first=0))
+
+    with sent, received, source_of(ids(0, 2), ids(2, 4), number=1) as quick:
+        sources = Sources([Source(received, 0), quick])
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(sources.look)
+            with anyio.fail_after(5):
+                assert await sources.peek() == ids(0, 2)
+                # The slow one is still looked at.
+                assert await sources.chunk(2, first=0) == Chunk(1, 0, pa.table(ids(0, 2)))
+                assert await sources.chunk(2, first=0) == Chunk(1, 2, pa.table(ids(2, 4)))
+                tasks.start_soon(take, sources)
+                await anyio.wait_all_tasks_blocked()
+                assert later == []
+                sent.send_nowait(ids(4, 6))
+                sent.close()
+
+    assert later == [Chunk(0, 0, pa.table(ids(4, 6)))]
+
+
+async def test_who_waits_for_a_stream_holds_up_nobody_else() -> None:
+    sent, received = anyio.create_memory_object_stream[pa.RecordBatch](math.inf)
+    with sent, received, source_of(ids(0, 2), number=1) as quick:
+        sources = Sources([Source(received, 0), quick])
+        async with anyio.create_task_group() as tasks:
+            sent.send_nowait(ids(2, 3))
+            tasks.start_soon(partial(sources.chunk, 4, first=0))
+            await anyio.wait_all_tasks_blocked()
+            # One row of the first stream has come, and who waits for more has it.
+            sent.send_nowait(ids(3, 4))
+            with anyio.fail_after(5):
+                assert await sources.chunk(2, first=0) == Chunk(1, 0, pa.table(ids(0, 2)))
+            tasks.cancel_scope.cancel()
 
 
 @pytest.mark.parametrize("batch_rows", [1, 3, 50])
