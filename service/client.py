@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import ssl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import httpx2
+from pydantic import BaseModel, ValidationError
 
 from mlsys.errors import InvalidRequest, MlsysError, Unavailable
 from mlsys.names import Environment, shown
@@ -25,7 +28,10 @@ from service.contract import (
 # every half second; before that, a cold instance has to start and a large model to be loaded.
 _TIMEOUT = httpx2.Timeout(600, connect=30)
 _ANSWER_SECONDS = 300
-_TRY_AGAIN = {409, 429, 503}
+_TRY_AGAIN = {409, 429, 502, 503, 504}
+
+# https://www.rfc-editor.org/rfc/rfc6750#section-2.1
+_TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")
 
 
 class Refused(MlsysError):
@@ -35,6 +41,35 @@ class Refused(MlsysError):
         super().__init__(f"{problem.title}: {problem.detail}")
         self.problem = problem
         self.retry_after = 5 if problem.status in _TRY_AGAIN else None
+
+
+class NotTheService(MlsysError):
+    """Something else answered: a proxy, a sign-in page, a service of another version."""
+
+    def __init__(self, response: httpx2.Response) -> None:
+        url = response.url.copy_with(query=None, userinfo=b"")
+        kind = response.headers.get("content-type", "").partition(";")[0] or "no content type"
+        super().__init__(
+            f"{url} answered {response.status_code} {response.reason_phrase} ({kind}), which is "
+            f"no answer of the service. {_advice(response)}"
+        )
+        self.retry_after = 5 if response.status_code in _TRY_AGAIN else None
+
+
+def _advice(response: httpx2.Response) -> str:
+    if response.status_code in _TRY_AGAIN:
+        return "Try again."
+    if response.has_redirect_location:
+        place = shown(response.headers["location"].partition("?")[0])
+        return (
+            f"It redirects to {place}. Give the URL of the service itself, and an identity token "
+            "with --token or MLSYS_TOKEN if that is a place to sign in."
+        )
+    if response.status_code not in (401, 403):
+        return "Is that the URL of the service, and is its version the one of this command?"
+    if "authorization" in response.request.headers:
+        return "It does not take the token: one lasts an hour, and its owner has to be an invoker."
+    return "It wants an identity token: give one with --token or MLSYS_TOKEN."
 
 
 def predict(
@@ -51,8 +86,9 @@ def predict(
         token: an identity token, which a service on Cloud Run asks for.
 
     Raises:
-        InvalidRequest: `url` is not one of http or https.
+        InvalidRequest: `url` is not one of http or https, or `token` can't be one.
         Refused: the service answered with a problem, or the run failed.
+        NotTheService: something else answered.
         Unavailable: there is no service, or the connection to it broke.
     """
     parameters = request.model_dump(mode="json", exclude_none=True)
@@ -62,41 +98,75 @@ def predict(
 
 def register(url: str, env: Environment, *, token: str | None = None) -> RegistryScan:
     """Has the service at `url` scan the model bucket of `env`; raises as `predict` does."""
-    return RegistryScan.model_validate(_get(url, "/model-registry", {"env": str(env)}, token))
+    return _get(RegistryScan, url, "/model-registry", {"env": str(env)}, token)
 
 
 def runs(url: str, wanted: RunsRequest, *, token: str | None = None) -> RunPage:
     """The runs of an environment, as the service at `url` tells; raises as `predict` does."""
-    return RunPage.model_validate(_get(url, "/runs", wanted.model_dump(mode="json"), token))
+    return _get(RunPage, url, "/runs", wanted.model_dump(mode="json"), token)
 
 
 def run(url: str, run_id: str, env: Environment, *, token: str | None = None) -> RunInfo:
     """One run, as the service at `url` tells; raises as `predict` does."""
-    return RunInfo.model_validate(_get(url, f"/runs/{run_id}", {"env": str(env)}, token))
+    return _get(RunInfo, url, f"/runs/{run_id}", {"env": str(env)}, token)
 
 
-def _get(url: str, path: str, parameters: dict[str, Any], token: str | None) -> Any:
+def _get[M: BaseModel](
+    kind: type[M], url: str, path: str, parameters: dict[str, Any], token: str | None
+) -> M:
     given = {name: value for name, value in parameters.items() if value is not None}
     with _client(url, token, httpx2.Timeout(_ANSWER_SECONDS)) as client:
         response = client.get(f"{url.rstrip('/')}{path}", params=given)
     if response.status_code != 200:
-        raise Refused(_problem(response))
-    return response.json()
+        raise _refusal(response)
+    return _parsed(kind, response.content, response)
 
 
 @contextmanager
 def _client(url: str, token: str | None, timeout: httpx2.Timeout) -> Iterator[httpx2.Client]:
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
-        with httpx2.Client(timeout=timeout, headers=headers) as client:
+        with _opened(token, timeout) as client:
             yield client
     except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
         raise InvalidRequest(
             f"{shown(url)} is not the URL of a service. Write it with its scheme, as "
             "http://host:port or https://host."
         ) from error
+    except httpx2.ConnectError as error:
+        if _is_about_tls(error):
+            raise InvalidRequest(
+                f"No TLS with {url} ({error}). Is it served over https, with a certificate that "
+                "is trusted here?"
+            ) from error
+        raise Unavailable(f"No answer from {url} (ConnectError). Is it up?") from error
     except httpx2.HTTPError as error:
-        raise Unavailable(f"No answer from {url} ({type(error).__name__}). Is it up?") from error
+        raise Unavailable(
+            f"No answer from {url}, or not all of it ({type(error).__name__}). Call again."
+        ) from error
+
+
+def _opened(token: str | None, timeout: httpx2.Timeout) -> httpx2.Client:
+    if token and not _TOKEN.fullmatch(token):
+        raise InvalidRequest(
+            "The token can't be one: it has spaces, line breaks or other characters that none has."
+        )
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    try:
+        return httpx2.Client(timeout=timeout, headers=headers)
+    except (ValueError, ImportError, OSError) as error:
+        raise InvalidRequest(
+            f"The settings of this machine for HTTP can't be used ({error}). See HTTP_PROXY, "
+            "HTTPS_PROXY, ALL_PROXY, SSL_CERT_FILE and SSL_CERT_DIR."
+        ) from error
+
+
+def _is_about_tls(error: BaseException | None) -> bool:
+    """Whether the two sides can't agree, and not that one of them hung up."""
+    while error is not None:
+        if isinstance(error, ssl.SSLError):
+            return not isinstance(error, ssl.SSLEOFError)
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _follow(
@@ -106,26 +176,33 @@ def _follow(
     progress: Callable[[ProgressEvent], None],
 ) -> PredictResult:
     with client.sse(url, params=parameters) as events:
-        if events.response.status_code != 200:
-            raise Refused(_problem(events.response))
-        for event in events:
-            match event.event:
-                case "progress":
-                    progress(ProgressEvent.model_validate_json(event.data))
-                case "result":
-                    return PredictResult.model_validate_json(event.data)
-                case "error":
-                    raise Refused(Problem.model_validate_json(event.data))
+        response = events.response
+        if response.status_code != 200:
+            raise _refusal(response)
+        try:
+            for event in events:
+                match event.event:
+                    case "progress":
+                        progress(_parsed(ProgressEvent, event.data, response))
+                    case "result":
+                        return _parsed(PredictResult, event.data, response)
+                    case "error":
+                        raise Refused(_parsed(Problem, event.data, response))
+                    case _:  # Somebody else's stream, which may go on for ever.
+                        raise NotTheService(response)
+        except httpx2.SSEError as error:
+            raise NotTheService(response) from error
     raise Unavailable(f"{url} ended its answer without a result. Call again.")
 
 
-def _problem(response: httpx2.Response) -> Problem:
-    body = response.read()
+def _refusal(response: httpx2.Response) -> MlsysError:
     if response.headers.get("content-type", "").startswith("application/problem+json"):
-        return Problem.model_validate_json(body)
-    return Problem(
-        type="about:blank",
-        title=f"HTTP {response.status_code}",
-        status=response.status_code,
-        detail=response.reason_phrase,
-    )
+        return Refused(_parsed(Problem, response.read(), response))
+    return NotTheService(response)
+
+
+def _parsed[M: BaseModel](kind: type[M], data: str | bytes, response: httpx2.Response) -> M:
+    try:
+        return kind.model_validate_json(data)
+    except ValidationError as error:
+        raise NotTheService(response) from error

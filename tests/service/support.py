@@ -278,6 +278,30 @@ def rows_proxy(target: str) -> Iterator[RowsProxy]:
             server.stop(grace=None).wait()
 
 
+@contextmanager
+def server_that_says(status: int, content_type: str, body: bytes, **headers: str) -> Iterator[str]:
+    """An HTTP server that gives one answer to everything, and then hangs up."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.send_header("Content-Type", content_type)
+            for name, value in headers.items():
+                self.send_header(name.replace("_", "-"), value)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
 class ServiceProcess:
     """The service as its operator runs it, and what it writes to stderr."""
 

@@ -27,6 +27,7 @@ from typer.testing import CliRunner, Result
 from mlsys.local import LocalServers
 from service import cli
 from tests.conftest import Client, Cloud
+from tests.service.support import server_that_says
 
 MLSYS = str(Path(sys.executable).with_name("mlsys"))
 
@@ -183,6 +184,35 @@ def test_predict_asks_to_be_tried_again_where_there_is_no_service() -> None:
 
     assert done.exit_code == 75
     assert "✗ No answer from http://127.0.0.1:1 (ConnectError). Is it up?" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["predict", "my-project.data.input", "my-project.data.output", "--model=m"],
+        ["runs"],
+        ["runs", "nightly-7"],
+        ["register"],
+    ],
+)
+@pytest.mark.parametrize(
+    ("answer", "exit_code", "told"),
+    [
+        ((200, "text/html", b"<html>Sign in</html>"), 1, "answered 200 OK (text/html)"),
+        ((200, "text/event-stream", b"data: hi\n\n"), 1, "answered 200 OK (text/event-stream)"),
+        ((403, "text/html", b"<html>Forbidden</html>"), 1, "with --token or MLSYS_TOKEN"),
+        ((502, "text/html", b"<html>Bad Gateway</html>"), 75, "502 Bad Gateway (text/html)"),
+    ],
+)
+def test_what_answers_and_is_not_the_service_is_told(
+    command: list[str], answer: tuple[int, str, bytes], exit_code: int, told: str
+) -> None:
+    with server_that_says(*answer) as url:
+        done = mlsys_here(*command, f"--url={url}")
+
+    assert done.exit_code == exit_code
+    assert done.stderr.strip().startswith(f"✗ {url}/")
+    assert told in done.stderr
 
 
 def test_a_url_without_a_scheme_is_not_worth_another_try() -> None:

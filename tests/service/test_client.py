@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import http.server
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pyarrow as pa
 import pytest
 from sklearn.linear_model import LinearRegression
 
 from mlsys.errors import InvalidRequest, Unavailable
 from mlsys.names import Environment
-from service.client import Refused, predict, register
-from service.contract import PredictRequest, ProgressEvent
+from service import client
+from service.client import NotTheService, Refused, predict, register
+from service.contract import PredictRequest, ProgressEvent, RunsRequest
 from tests.conftest import Client, Cloud
+from tests.service.support import server_that_says
 
 
 def wanted(input_table: str, output_table: str, model: str) -> PredictRequest:
@@ -26,28 +23,6 @@ def wanted(input_table: str, output_table: str, model: str) -> PredictRequest:
         model_name=model,
         model_version="latest",
     )
-
-
-@contextmanager
-def server_that_says(status: int, content_type: str, body: bytes) -> Iterator[str]:
-    """An HTTP server that gives one answer to everything, and then hangs up."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(status)
-            self.send_header("Content-Type", content_type)
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
 
 
 def test_progress_is_told_and_the_result_returned(service: Client, cloud: Cloud) -> None:
@@ -79,12 +54,129 @@ def test_a_problem_is_raised_with_all_its_members(service: Client, cloud: Cloud)
     assert caught.value.problem.missing_columns == ["x"]
 
 
-def test_an_answer_that_is_not_ours_is_told_by_its_status() -> None:
+ANYTHING = wanted("my-project.a.b", "my-project.a.c", "m")
+ASKED = {
+    "predict": lambda url, **token: predict(url, ANYTHING, **token),
+    "register": lambda url, **token: register(url, Environment.DEV, **token),
+    "runs": lambda url, **token: client.runs(url, RunsRequest(env="dev"), **token),
+    "run": lambda url, **token: client.run(url, "nightly-7", Environment.DEV, **token),
+}
+EVENT = "text/event-stream"
+
+
+@pytest.mark.parametrize("asked", ASKED)
+@pytest.mark.parametrize(
+    ("status", "content_type", "body"),
+    [
+        (200, "text/html", b"<html>Sign in</html>"),
+        (200, "application/json", b'{"hello": "world"}'),
+        (200, "application/json", b"[1, 2"),
+        (200, "application/json", b"\xff"),
+        (200, "", b""),
+        (204, "text/plain", b""),
+        (404, "text/html", b"<html>Not here</html>"),
+        (404, "application/problem+json", b'{"error": "of another kind"}'),
+        (500, "application/problem+json", b"<html>no JSON</html>"),
+        (200, EVENT, b"data: a message\n\n"),
+        (200, EVENT, b"event: progress\ndata: {}\n\n"),
+        (200, EVENT, b"event: result\ndata: not JSON\n\n"),
+        (200, EVENT, b"event: error\ndata: {}\n\n"),
+    ],
+)
+def test_what_is_not_the_service_is_told_with_its_answer_and_not_asked_again(
+    asked: str, status: int, content_type: str, body: bytes
+) -> None:
     with (
-        server_that_says(403, "text/html", b"<html>Forbidden</html>") as url,
-        pytest.raises(Refused, match="HTTP 403: Forbidden"),
+        server_that_says(status, content_type, body) as url,
+        pytest.raises(NotTheService) as caught,
     ):
-        predict(url, wanted("my-project.a.b", "my-project.a.c", "m"))
+        ASKED[asked](url)
+
+    told = str(caught.value)
+    assert told.startswith(f"{url}/")
+    assert f" answered {status} " in told
+    assert f"({content_type or 'no content type'})" in told
+    assert "\n" not in told
+    assert caught.value.retry_after is None
+
+
+@pytest.mark.parametrize("asked", ASKED)
+@pytest.mark.parametrize("status", [429, 502, 503, 504])
+def test_a_proxy_without_a_service_behind_it_is_worth_another_try(asked: str, status: int) -> None:
+    with (
+        server_that_says(status, "text/html; charset=utf-8", b"<html>Not now</html>") as url,
+        pytest.raises(NotTheService, match=rf"answered {status} .*\(text/html\)") as caught,
+    ):
+        ASKED[asked](url)
+
+    assert caught.value.retry_after is not None
+
+
+@pytest.mark.parametrize("asked", ASKED)
+@pytest.mark.parametrize("status", [401, 403])
+def test_cloud_run_without_a_token_is_told_with_how_to_give_one(asked: str, status: int) -> None:
+    with server_that_says(status, "text/html", b"<html>Forbidden</html>") as url:
+        with pytest.raises(NotTheService, match=f"answered {status} .* with --token or MLSYS_TOK"):
+            ASKED[asked](url)
+        with pytest.raises(NotTheService, match="does not take the token") as caught:
+            ASKED[asked](url, token="a-token.of-an-hour.ago")
+
+    assert "a-token" not in str(caught.value)
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_a_redirect_is_told_and_not_followed(asked: str) -> None:
+    location = "https://sign-in.invalid/login?state=secret"
+    with (
+        server_that_says(302, "text/html", b"", Location=location) as url,
+        pytest.raises(NotTheService, match="redirects to 'https://sign-in.invalid/login'") as told,
+    ):
+        ASKED[asked](url)
+
+    assert "secret" not in str(told.value)
+    assert told.value.retry_after is None
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_an_answer_that_is_cut_is_worth_another_try(asked: str) -> None:
+    begun = b"event: progress\n"
+    with (
+        server_that_says(200, EVENT, begun, Content_Length="1000") as url,
+        pytest.raises(Unavailable, match=r"not all of it \(RemoteProtocolError\). Call again"),
+    ):
+        ASKED[asked](url)
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_https_where_there_is_none_is_not_worth_another_try(asked: str) -> None:
+    with (
+        server_that_says(200, "text/html", b"") as url,
+        pytest.raises(InvalidRequest, match="No TLS with https://127"),
+    ):
+        ASKED[asked](url.replace("http:", "https:"))
+
+
+@pytest.mark.parametrize("asked", ASKED)
+@pytest.mark.parametrize("token", ["hush-ü", "hush hush", "hush\n", " hush", "hush\r\nX: y"])
+def test_a_token_that_can_not_be_one_is_refused_and_not_told(asked: str, token: str) -> None:
+    with pytest.raises(InvalidRequest, match="The token can't be one") as caught:
+        ASKED[asked]("http://127.0.0.1:1", token=token)
+
+    assert "hush" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"ALL_PROXY": "socks5://127.0.0.1:1"}, {"ALL_PROXY": "ftp://a"}, {"SSL_CERT_FILE": "/none"}],
+)
+def test_settings_for_http_that_can_not_be_used_are_told(
+    setting: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in setting.items():
+        monkeypatch.setenv(name, value)
+
+    with pytest.raises(InvalidRequest, match="See HTTP_PROXY"):
+        predict("https://service.invalid", ANYTHING)
 
 
 @pytest.mark.parametrize(
