@@ -7,6 +7,7 @@ import ssl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import quote
 
 import httpx2
 from pydantic import BaseModel, ValidationError
@@ -108,7 +109,7 @@ def runs(url: str, wanted: RunsRequest, *, token: str | None = None) -> RunPage:
 
 def run(url: str, run_id: str, env: Environment, *, token: str | None = None) -> RunInfo:
     """One run, as the service at `url` tells; raises as `predict` does."""
-    return _get(RunInfo, url, f"/runs/{run_id}", {"env": str(env)}, token)
+    return _get(RunInfo, url, f"/runs/{quote(run_id, safe='')}", {"env": str(env)}, token)
 
 
 def _get[M: BaseModel](

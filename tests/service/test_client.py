@@ -179,6 +179,15 @@ def test_settings_for_http_that_can_not_be_used_are_told(
         predict("https://service.invalid", ANYTHING)
 
 
+@pytest.mark.parametrize("run_id", ["nightly?x=1", "nightly#2", "a/b", "a b", "é"])
+def test_a_malformed_run_id_is_refused_and_is_no_other_run(service: Client, run_id: str) -> None:
+    with pytest.raises(Refused) as caught:
+        client.run(str(service.base_url), run_id, Environment.DEV)
+
+    assert caught.value.problem.status in (400, 404)
+    assert "no run 'nightly'" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "url", ["127.0.0.1:18765", "localhost:8080", "", "ftp://host", "http://", "http://host:port"]
 )
