@@ -189,7 +189,7 @@ def _follow(
                         return _parsed(PredictResult, event.data, response)
                     case "error":
                         raise Refused(_parsed(Problem, event.data, response))
-                    case _:  # Somebody else's stream, which may go on for ever.
+                    case "message":  # Without a name: somebody else's, which may never end.
                         raise NotTheService(response)
         except httpx2.SSEError as error:
             raise NotTheService(response) from error
