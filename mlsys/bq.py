@@ -31,8 +31,15 @@ from mlsys.append import AppendLimits, append_stream, commit_streams, create_str
 from mlsys.blocking import blocking
 from mlsys.chunk import Rechunker
 from mlsys.clients import Clients, vendor_errors
-from mlsys.errors import Conflict, IntegrityError, InvalidRequest, NotFound, TableMismatch
-from mlsys.frame import FrameKind, is_numeric, to_arrow, to_frame
+from mlsys.errors import (
+    Conflict,
+    IntegrityError,
+    InvalidRequest,
+    NotFound,
+    TableMismatch,
+    Unavailable,
+)
+from mlsys.frame import FrameKind, to_arrow, to_frame
 from mlsys.names import TableRef, shown
 from mlsys.progress import ShowRows, row_bar
 from mlsys.read import open_session, read_stream
@@ -63,6 +70,8 @@ _LOOP_STREAMS = 4
 _CLEAN_UP_SECONDS = 30
 _STAGING_DAYS = 1
 _ORDERED = re.compile(r"\bORDER\s+BY\b", re.IGNORECASE)
+_DECIMALS = {BIGQUERY_TO_ARROW["NUMERIC"], BIGQUERY_TO_ARROW["BIGNUMERIC"]}
+_NUMBERS = _DECIMALS | {pa.int64(), pa.float64()}
 _DISPOSITIONS = ("WRITE_APPEND", "WRITE_TRUNCATE", "WRITE_EMPTY")
 
 
@@ -203,7 +212,7 @@ async def _query_source(clients: Clients, settings: Settings, sql: str) -> _Sour
         streams = 1 if _ORDERED.search(sql) else settings.read_streams
         with suppress(NotFound, InvalidRequest):
             return await _table_source(clients, settings, result, rows.total_rows, streams)
-    return await anyio.to_thread.run_sync(_paged_source, rows)
+    return await anyio.to_thread.run_sync(_paged_source, rows, abandon_on_cancel=True)
 
 
 async def _run_query(
@@ -261,7 +270,9 @@ def _paged_source(rows: bigquery.table.RowIterator) -> _Source:
             while batch is not None:
                 await out.send(batch)
                 with vendor_errors("The query's result"):
-                    batch = await anyio.to_thread.run_sync(next, pages, None)
+                    batch = await anyio.to_thread.run_sync(
+                        next, pages, None, abandon_on_cancel=True
+                    )
 
     return _Source(known.schema, rows.total_rows, (send,))
 
@@ -381,8 +392,14 @@ async def _put_in_place(
         )
         await _append(clients, settings, data, staging, show)
         sql = f"{statement} `{ref}` AS SELECT * FROM `{staging}`"
-        with vendor_errors(f"The table {ref}"):
-            await anyio.to_thread.run_sync(lambda: client.query(sql).result())
+        try:
+            with vendor_errors(f"The table {ref}"):
+                await _run_query(client, sql, settings.retry_seconds)
+        except Unavailable as error:
+            raise Unavailable(
+                f"BigQuery did not confirm that {ref} has the new rows. Look at it, and write them "
+                "again if it does not."
+            ) from error
     finally:
         with anyio.move_on_after(_CLEAN_UP_SECONDS, shield=True):
             await anyio.to_thread.run_sync(_delete_table, client, staging, abandon_on_cancel=True)
@@ -395,6 +412,9 @@ def _delete_table(client: bigquery.Client, ref: TableRef) -> None:
 
 def fitted(data: pa.Table, table: TableInfo) -> pa.Table:
     """Brings columns to the types of an existing table, where that loses nothing.
+
+    Numbers stay the numbers they are, and times the times, in UTC where they have no zone; text is
+    taken for no number, but for a date or a time that it spells out.
 
     Raises:
         TableMismatch: the table lacks a column, has it with another type, or requires values that
@@ -427,19 +447,36 @@ def _converted(values: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
         # A column of an object dtype without any value tells nothing of its type.
         nothing = [] if pa.types.is_list(kind) else None
         return pa.chunked_array([pa.array([nothing] * len(values), kind)])
-    if is_numeric(values.type) and _is_no_number(values.type, kind):
+    given = values.type
+    if not _takes(kind, given):
         raise pa.ArrowInvalid("another kind of value")
-    converted = values.cast(kind)
-    # Arrow cuts the time of day off without a word.
-    both_times = pa.types.is_temporal(kind) and pa.types.is_temporal(values.type)
-    if both_times and not converted.cast(values.type).equals(values):
-        raise pa.ArrowInvalid("a part of the time is lost")
+    converted = _cast(values, kind)
+    # Arrow rounds a number and cuts the time of day off without a word.
+    if _item(given) != pa.string() and not _cast(converted, given).equals(values):
+        raise pa.ArrowInvalid("a part of the values is lost")
     return converted
 
 
-def _is_no_number(number: pa.DataType, kind: pa.DataType) -> bool:
+def _takes(kind: pa.DataType, given: pa.DataType) -> bool:
     # Arrow takes any number but zero for true, and a number for so many microseconds.
-    return pa.types.is_temporal(kind) or (pa.types.is_boolean(kind) and number != kind)
+    item, given_item = _item(kind), _item(given)
+    if pa.types.is_list(kind) != pa.types.is_list(given):
+        return False
+    if pa.types.is_temporal(item):
+        return pa.types.is_temporal(given_item) or given_item == pa.string()
+    return item == given_item or {item, given_item} <= _NUMBERS
+
+
+def _item(kind: pa.DataType) -> pa.DataType:
+    return kind.value_type if pa.types.is_list(kind) else kind
+
+
+def _cast(values: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
+    if pa.float64() in (ends := {_item(kind), _item(values.type)}) and ends & _DECIMALS:
+        # By itself Arrow is an ulp off: 19.99 comes to 19.990000000000002.
+        text = pa.list_(pa.string()) if pa.types.is_list(kind) else pa.string()
+        values = values.cast(text)
+    return values.cast(kind)
 
 
 def _arrow_type(column: bigquery.SchemaField) -> pa.DataType:

@@ -355,9 +355,55 @@ def test_columns_are_brought_to_the_types_of_the_table_where_nothing_is_lost() -
     assert fit.column("nones").to_pylist() == [[], []]
 
 
+NUMERIC, BIGNUMERIC = pa.decimal128(38, 9), pa.decimal256(76, 38)
+TIMESTAMP, DATETIME = pa.timestamp("us", "UTC"), pa.timestamp("us")
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "expected"),
+    [
+        (pa.array([19.99, 1e-9, None]), NUMERIC, [Decimal("19.99"), Decimal("1e-9"), None]),
+        (pa.array([Decimal("19.99")], NUMERIC), pa.float64(), [19.99]),
+        (pa.array([[19.99, 0.5]]), pa.list_(NUMERIC), [[Decimal("19.99"), Decimal("0.5")]]),
+        (pa.array([Decimal(7)], BIGNUMERIC), pa.int64(), [7]),
+        (pa.array([Decimal("1e-9")], BIGNUMERIC), NUMERIC, [Decimal("1e-9")]),
+        (pa.array([dt.date(2020, 6, 1)]), TIMESTAMP, [dt.datetime(2020, 6, 1, tzinfo=UTC)]),
+        (pa.array([[dt.datetime(2020, 6, 1)]], pa.list_(DATETIME)), pa.list_(pa.date32()), None),
+        (pa.array(["2020-06-01", None]), pa.date32(), [dt.date(2020, 6, 1), None]),
+        (pa.array(["2020-06-01T01:00:00+01:00"]), TIMESTAMP, [dt.datetime(2020, 6, 1, tzinfo=UTC)]),
+    ],
+    ids=str,
+)
+def test_values_are_converted_to_the_very_same(
+    values: pa.Array, kind: pa.DataType, expected: list[object] | None
+) -> None:
+    fit = fitted(pa.table({"x": values}), existing(x=kind))
+
+    assert fit.schema.field("x").type == kind
+    assert fit.column("x").to_pylist() == (expected or [[dt.date(2020, 6, 1)]])
+
+
 @pytest.mark.parametrize(
     ("values", "kind"),
     [
+        (pa.array([1 / 3]), NUMERIC),
+        (pa.array([float("nan")]), NUMERIC),
+        (pa.array([Decimal("123456789.123456789")], NUMERIC), pa.float64()),
+        (pa.array([Decimal("0.5")], NUMERIC), pa.int64()),
+        (pa.array([[1 / 3]]), pa.list_(NUMERIC)),
+        (pa.array(["00123"]), pa.int64()),
+        (pa.array(["1e400"]), pa.float64()),
+        (pa.array(["1"]), NUMERIC),
+        (pa.array(["true"]), pa.bool_()),
+        (pa.array([["00123"]]), pa.list_(pa.int64())),
+        (pa.array([5]), pa.string()),
+        (pa.array([True]), pa.int64()),
+        (pa.array([b"\xff"]), pa.string()),
+        (pa.array([[1]]), pa.list_(pa.bool_())),
+        (pa.array([[1]]), pa.list_(TIMESTAMP)),
+        (pa.array([[dt.datetime(2020, 6, 1, 12)]], pa.list_(DATETIME)), pa.list_(pa.date32())),
+        (pa.array([dt.datetime(2020, 6, 1, 12)], DATETIME), pa.time64("us")),
+        (pa.array(["2020-06-01 12:00:00"]), pa.date32()),
         (pa.array([1.5]), pa.int64()),
         (pa.array([2**53 + 1]), pa.float64()),
         (pa.array([1]), pa.bool_()),

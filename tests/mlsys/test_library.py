@@ -457,39 +457,42 @@ def test_ctrl_c_ends_a_read_at_once(large: str, settings: Settings, method: str)
                 read(large, settings=own)
 
 
-def test_ctrl_c_cancels_the_query(settings: Settings) -> None:
+@contextmanager
+def interrupted_at_the_query(rest: RestServer) -> Iterator[None]:
+    """Presses Ctrl-C when a query's result is asked for, and keeps the query running."""
     over, calls = threading.Event(), itertools.count()
-    with rest_in_between(settings) as (rest, own):
-        forward = rest.answer
+    forward = rest.answer
 
-        def hold_the_result(request: Request) -> Answer:
-            if request.path.endswith("/cancel"):
-                return 200, {"job": json.loads(forward_job(request.path))}
-            if request.method == "GET" and "/queries/" in request.path:
-                if next(calls) == 0:
-                    interrupt()
-                over.wait(PATIENCE)
-            return forward(request)
+    def hold_the_result(request: Request) -> Answer:
+        if request.path.endswith("/cancel"):
+            job = forward(Request("GET", request.path.removesuffix("/cancel"), "", b""))[1]
+            return 200, {"job": json.loads(job)}
+        if request.method == "GET" and "/queries/" in request.path:
+            if next(calls) == 0:
+                interrupt()
+            over.wait(PATIENCE)
+        return forward(request)
 
-        def forward_job(path: str) -> bytes:
-            return forward(Request("GET", path.removesuffix("/cancel"), "", b""))[1]
+    def still_running(request: Request) -> Answer:
+        status, body = hold_the_result(request)
+        if request.method == "POST" and request.path.endswith("/jobs"):
+            told = json.loads(body)
+            told["status"] = {"state": "RUNNING"}
+            return status, told
+        return status, body
 
-        def still_running(request: Request) -> Answer:
-            status, body = hold_the_result(request)
-            if request.method == "POST" and request.path.endswith("/jobs"):
-                told = json.loads(body)
-                told["status"] = {"state": "RUNNING"}
-                return status, told
-            return status, body
-
-        rest.answer = still_running
-        try:
-            with pytest.raises(KeyboardInterrupt):
-                bq_get("SELECT 1 AS x", settings=own)
-        finally:
-            over.set()
-
+    rest.answer = still_running
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            yield
+    finally:
+        over.set()
     assert [r.path for r in rest.requests if r.path.endswith("/cancel")]
+
+
+def test_ctrl_c_cancels_the_query(settings: Settings) -> None:
+    with rest_in_between(settings) as (rest, own), interrupted_at_the_query(rest):
+        bq_get("SELECT 1 AS x", settings=own)
 
 
 # Writing
@@ -659,6 +662,43 @@ def test_a_frame_that_does_not_fit_the_table_is_refused_and_all_of_it_is_told(
 
         assert told in str(refused.value)
     assert cloud.count(made) == 0
+
+
+def test_ctrl_c_cancels_the_statement_that_replaces_a_table(
+    cloud: Cloud, settings: Settings
+) -> None:
+    path = cloud.put(numbers(3))
+    with rest_in_between(settings) as (rest, own), interrupted_at_the_query(rest):
+        bq_put(numbers(10), path, "WRITE_TRUNCATE", settings=own)
+
+    assert staged(cloud, path) == []
+
+
+def test_a_replacement_that_is_not_confirmed_is_told_as_that(
+    cloud: Cloud, settings: Settings
+) -> None:
+    path = cloud.put(numbers(3))
+    with rest_in_between(settings, retry_seconds=1) as (rest, own):
+        forward = rest.answer
+
+        def refuse_queries(request: Request) -> Answer:
+            if request.method == "POST" and request.path.endswith("/jobs"):
+                return 503, {}
+            return forward(request)
+
+        rest.answer = refuse_queries
+        with pytest.raises(Unavailable, match=f"did not confirm that {path} has the new rows"):
+            bq_put(numbers(10), path, "WRITE_TRUNCATE", settings=own)
+
+    assert cloud.count(path) == 3
+    assert staged(cloud, path) == []
+
+
+def staged(cloud: Cloud, path: str) -> list[str]:
+    """The tables beside this one that its replacement has left."""
+    dataset, _, name = path.rpartition(".")
+    tables = [found.table_id for found in cloud.clients.bigquery.list_tables(dataset)]
+    return [found for found in tables if name in found and found != name]
 
 
 def test_a_value_that_the_table_requires_is_told(cloud: Cloud, settings: Settings) -> None:
