@@ -16,6 +16,10 @@ MODEL_FILE = "model.pkl"
 METADATA_FILE = "metadata.json"
 LATEST = "latest"
 
+# What a prediction is called where its model does not say, and the last columns of every output.
+PREDICTION = "Prediction"
+TOLD_NAMES = ("PredictionTimestamp", "ModelName", "ModelVersion")
+
 # https://cloud.google.com/bigquery/docs/schemas#flexible-column-names
 LONGEST_COLUMN_NAME = 300
 _NO_COLUMN = re.compile(r"""[\x00-\x1f\x7f!"$()*,./;?@\[\\\]^`{}~]""")

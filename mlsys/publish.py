@@ -7,6 +7,7 @@ import hashlib
 import io
 import pickle
 import platform
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -37,6 +38,8 @@ from mlsys.names import (
     LONGEST_COLUMN_NAME,
     METADATA_FILE,
     MODEL_FILE,
+    PREDICTION,
+    TOLD_NAMES,
     Environment,
     artifact_path,
     check_model_name,
@@ -196,6 +199,14 @@ def _check_columns(told: ModelMetadata) -> None:
             raise InvalidRequest(f"{place} names a column more than once: {', '.join(names)}.")
     golden, targets = told.golden, len(told.targets)
     # One name will do for all: the service numbers the columns.
+    numbered = targets == 1 and golden is not None and golden.width > 1
+    names = [*(told.id_columns or ()), *(() if numbered else told.targets or [PREDICTION])]
+    count = Counter(name.casefold() for name in (*names, *TOLD_NAMES))
+    if clashing := dict.fromkeys(name for name in names if count[name.casefold()] > 1):
+        raise InvalidRequest(
+            f"The output table would have several columns of one name: {', '.join(clashing)}. "
+            "Leave them out of id_columns, or name another target."
+        )
     if golden is not None and targets > 1 and targets != golden.width:
         raise InvalidRequest(
             f"target has {targets} names, but the model predicts {golden.width} columns. Name each "
@@ -266,14 +277,23 @@ def _golden(model: Any, rows: pa.Table, kinds: Sequence[FrameKind]) -> tuple[Fra
 
 
 def _feature_rows(rows: Any, fitted: Sequence[str] | None) -> pa.Table:
-    table = to_arrow(rows)
+    # Nothing is asked of other columns, such as that BigQuery could hold them.
+    table = to_arrow(rows if fitted is None else _selected(rows, list(fitted)))
     if not table.num_rows:
         raise InvalidRequest("rows is empty. Pass a few rows that the model was trained on.")
-    if fitted is None:
-        return table
-    if missing := [name for name in fitted if name not in table.column_names]:
+    return table
+
+
+def _selected(rows: Any, names: list[str]) -> Any:
+    there = rows.column_names if isinstance(rows, pa.Table) else getattr(rows, "columns", None)
+    if there is None:
+        return rows  # No frame, which `to_arrow` tells.
+    if missing := [name for name in names if name not in there]:
         raise InvalidRequest(f"rows lacks features of the model: {', '.join(missing)}.")
-    return table.select(list(fitted))
+    if not isinstance(rows, pa.Table):
+        return rows[names]
+    # By position, as names may be repeated.
+    return rows.select([i for name in names for i, each in enumerate(there) if each == name])
 
 
 def _frame_kinds(rows: Any, fitted: Sequence[str] | None) -> list[FrameKind]:

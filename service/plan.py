@@ -13,16 +13,13 @@ from google.cloud.bigquery import SchemaField
 
 from mlsys.errors import InvalidRequest, ModelUnusable, TableMismatch
 from mlsys.frame import FrameKind
-from mlsys.names import LONGEST_COLUMN_NAME, TableRef, is_column_name, shown
+from mlsys.names import LONGEST_COLUMN_NAME, TOLD_NAMES, TableRef, is_column_name, shown
 from mlsys.tables import BIGQUERY_TO_ARROW, TableInfo, bigquery_column, standard_type
 from service.contract import PredictRequest
 
 # When and by which model: the last columns of every output table.
-TOLD = (
-    pa.field("PredictionTimestamp", pa.timestamp("us", "UTC")),
-    pa.field("ModelName", pa.string()),
-    pa.field("ModelVersion", pa.string()),
-)
+_TOLD_TYPES = (pa.timestamp("us", "UTC"), pa.string(), pa.string())
+TOLD = tuple(pa.field(*told) for told in zip(TOLD_NAMES, _TOLD_TYPES, strict=True))
 
 _NUMBERS = {"INT64", "FLOAT64", "NUMERIC", "BIGNUMERIC"}
 _MOST_LISTED = 20

@@ -30,6 +30,7 @@ from google.cloud.bigquery import SchemaField
 
 from mlsys.errors import InvalidRequest, ModelRaised, ModelUnusable, redacted
 from mlsys.frame import FrameKind, by_columns, to_frame
+from mlsys.names import PREDICTION
 from mlsys.tables import BIGQUERY_TO_ARROW, bigquery_column, standard_type
 from service.arrays import class_path, on_arrays, plain_numbers
 from service.plan import TOLD, Output, Plan
@@ -37,7 +38,7 @@ from service.sizing import ChunkSize, Cost
 from service.source import Chunk, NextChunk, size_of
 from service.threads import Threads
 
-PREDICTION, PROBABILITY = "Prediction", "PredictionProbability"
+PROBABILITY = "PredictionProbability"
 
 # scikit-learn 1.9: predict is classes_.take(argmax(predict_proba(X), axis=1)), to the letter.
 _MOST_PROBABLE_IS_LABEL = {

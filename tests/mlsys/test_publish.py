@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from decimal import Decimal
@@ -525,6 +525,10 @@ def test_the_service_refuses_a_model_that_answers_otherwise_and_names_it(
         ({"metadata": {"target": ""}}, "target: BigQuery has no column of the name ''"),
         ({"id_columns": ["id", "a.b"]}, "id_columns: BigQuery has no column of the name 'a.b'"),
         ({"id_columns": ["id", "ID"]}, "id_columns names a column more than once: id, ID"),
+        ({"target": "Id", "id_columns": "id"}, "several columns of one name: id, Id. Leave"),
+        ({"id_columns": ["id", "modelname"]}, "several columns of one name: modelname"),
+        ({"id_columns": "prediction"}, "several columns of one name: prediction, Prediction"),
+        ({"target": "PredictionTimestamp"}, "several columns of one name: PredictionTimestamp"),
         ({"target": ["sum", "more"]}, "target has 2 names, but the model predicts 1 columns"),
         ({"metrics": {"a": "high"}}, "could not convert string to float: 'high'. Pass numbers"),
         ({"metrics": "high"}, "metadata.json can't be written"),
@@ -597,6 +601,17 @@ def test_one_name_will_do_for_several_targets(
 
     assert service.predict(table, output, name).status_code == 200
     assert list(cloud.columns(output))[:3] == ["id", "y_0", "y_1"]
+
+
+@pytest.mark.parametrize("kind", [pd.DataFrame, pl.from_pandas, pa.Table.from_pandas])
+def test_of_rows_the_features_alone_are_looked_at(
+    settings: Settings, name: str, model: LinearRegression, kind: Callable[[pd.DataFrame], Any]
+) -> None:
+    more = kind(ROWS.assign(**{"no column!": 1})[["b", "no column!", "a"]])
+    published = publish_model(model, name, rows=more, settings=settings)
+
+    assert [each.name for each in published.metadata.features] == ["a", "b"]
+    assert published.metadata.golden.predictions == pytest.approx(SUM[:5])
 
 
 TEXTS = pd.DataFrame({"text": ["good", "bad", "good one", "bad one", "so good", "so bad"]})
