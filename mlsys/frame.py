@@ -16,6 +16,8 @@ happen to be in a chunk:
     TIMESTAMP           datetime64[us, UTC]   object
     ARRAY               object (numpy array)  object
 
+A pandas array of TIMESTAMP is one of objects (datetime), as numpy's own times have no zone.
+
 In polars a column has the type of the same name, but a BIGNUMERIC is Float64: polars has no decimal
 that wide.
 
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     type Frame = pd.DataFrame | pl.DataFrame | np.ndarray
 
 _NUMERIC, _BIGNUMERIC = pa.decimal128(38, 9), pa.decimal256(76, 38)
+_TIMESTAMPS = pa.list_(pa.timestamp("us", "UTC"))
 _WIDER = {_NUMERIC: _BIGNUMERIC, pa.list_(_NUMERIC): pa.list_(_BIGNUMERIC)}
 
 
@@ -86,7 +89,18 @@ def _to_pandas(table: pa.Table) -> pd.DataFrame:
 
     # Without a mapper a chunk without nulls would get int64, and one with nulls float64.
     dtypes = {pa.int64(): pd.Int64Dtype(), pa.bool_(): pd.BooleanDtype()}
-    return table.to_pandas(types_mapper=dtypes.get, use_threads=False)
+    frame = table.to_pandas(types_mapper=dtypes.get, use_threads=False)
+    for position, kind in enumerate(table.schema.types):
+        if kind == _TIMESTAMPS:  # numpy's own times, which Arrow makes of them, have no zone.
+            frame.isetitem(position, _objects(table.column(position)))
+    return frame
+
+
+def _objects(lists: pa.ChunkedArray) -> pd.Series:
+    import pandas as pd
+
+    arrays = (None if each is None else np.array(each, object) for each in lists.to_pylist())
+    return pd.Series(arrays, dtype=object)
 
 
 def _to_polars(table: pa.Table) -> pl.DataFrame:
@@ -99,6 +113,8 @@ def _to_polars(table: pa.Table) -> pl.DataFrame:
 def _in_polars(kind: pa.DataType) -> pa.DataType:
     if pa.types.is_list(kind):
         return pa.list_(_in_polars(kind.value_type))
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_in_polars(field.type)) for field in kind])
     # Given a decimal of 256 bits, polars panics.
     return pa.float64() if pa.types.is_decimal256(kind) else kind
 
@@ -242,23 +258,28 @@ def _from_series(name: str, values: pd.Series) -> pa.Array | pa.ChunkedArray:
 def _unstorable(name: str, values: pd.Series) -> InvalidRequest:
     return InvalidRequest(
         f"Column {name!r} ({values.dtype}): BigQuery can't store its values in one column. Give "
-        "them one type, with astype()."
+        "them one type, with astype(), and round times to microseconds."
     )
 
 
 def _mixes(values: pd.Series, kind: pa.DataType) -> bool:
-    """Whether Arrow has cut a time off a date, forgotten a zone, or taken a string for bytes."""
-    if not (pa.types.is_temporal(kind) or pa.types.is_binary(kind)):
+    """Whether Arrow has cut a part of a time, forgotten a zone, or taken a string for bytes."""
+    in_lists = pa.types.is_list(kind)
+    item = kind.value_type if in_lists else kind
+    if not (pa.types.is_temporal(item) or pa.types.is_binary(item)):
         return False
+    each = values.dropna()
+    if in_lists:
+        each = [value for array in each for value in array if value is not None]
     kinds = {
         (
             isinstance(value, str),
             isinstance(value, datetime),
             getattr(value, "tzinfo", None) is None,
         )
-        for value in values.dropna()
+        for value in each
     }
-    return len(kinds) > 1
+    return len(kinds) > 1 or any(getattr(value, "nanosecond", 0) for value in each)
 
 
 def _storable(name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:

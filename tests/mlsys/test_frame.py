@@ -233,6 +233,20 @@ def test_an_array_column_is_a_list_of_the_items_type_in_polars(item: str) -> Non
         assert data["x"].to_list() == [[convert(value) for value in each] for each in lists]
 
 
+def test_a_wide_decimal_in_a_struct_is_a_float_in_polars() -> None:
+    kind = pa.struct(
+        [
+            ("price", BIGQUERY_TO_ARROW["BIGNUMERIC"]),
+            ("prices", pa.list_(BIGQUERY_TO_ARROW["BIGNUMERIC"])),
+        ]
+    )
+    rows = [{"price": Decimal("1.5"), "prices": [Decimal(2)]}, None]
+
+    data = to_frame(pa.table({"x": pa.array(rows, kind)}), FrameKind.POLARS)
+
+    assert data["x"].to_list() == [{"price": 1.5, "prices": [2.0]}, None]
+
+
 def wide_table() -> pa.Table:
     """A column of each type and a list, with nulls in the second half only."""
     rows = 6

@@ -75,8 +75,7 @@ def test_an_arrow_table_in_bigquerys_types_is_left_as_it_is() -> None:
 NAMES = every_type().column_names
 
 
-# The arrays in pandas are numpy's, which knows no zones.
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "TIMESTAMP_ARRAY"])
+@pytest.mark.parametrize("name", NAMES)
 def test_what_was_read_with_pandas_is_written_as_it_was(name: str) -> None:
     table = every_type().select([name])
 
@@ -127,6 +126,7 @@ def test_what_was_read_with_polars_is_written_as_it_was(name: str) -> None:
         (pandas([Decimal("1e-10")]), BIGNUMERIC, [Decimal("1e-10")]),
         (pandas([Decimal(10**30)]), BIGNUMERIC, [Decimal(10**30)]),
         (pandas([[1, 2], None, []]), pa.list_(pa.int64()), [[1, 2], [], []]),
+        (pandas([[NOON], None, [NOON, NOON]]), pa.list_(DATETIME), [[NOON], [], [NOON, NOON]]),
         (pandas([(1, 2), (3,)]), pa.list_(pa.int64()), [[1, 2], [3]]),
         (pandas([np.array(["a"]), np.array([], object)]), pa.list_(pa.string()), [["a"], []]),
         (pandas([[Decimal(10**30)]]), pa.list_(BIGNUMERIC), [[Decimal(10**30)]]),
@@ -210,6 +210,10 @@ OBJECT_ADDRESSES = polars([object()], pl.Object)
         (pandas([DAY, NOON], object), "astype"),
         (pandas([NOON, DAY], object), "astype"),
         (pandas([NOON, NOON.replace(tzinfo=UTC)], object), "astype"),
+        (pandas([[NOON, NOON.replace(tzinfo=UTC)]]), "astype"),
+        (pandas([[NOON], None, [DAY, None]]), "astype"),
+        (pandas([pd.Timestamp(NOON) + pd.Timedelta(1, "ns"), None], object), "round times"),
+        (pandas([[pd.Timestamp(NOON, tz="UTC") + pd.Timedelta(1, "ns")]]), "round times"),
         (pandas([[1], "a"]), "astype"),
         (pandas([object()]), "astype"),
         (pandas([1j]), "complex128"),

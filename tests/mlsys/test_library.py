@@ -502,8 +502,7 @@ def test_ctrl_c_cancels_the_query(settings: Settings) -> None:
 def test_what_is_written_is_read_again_dtype_for_dtype(
     cloud: Cloud, settings: Settings, frame: str
 ) -> None:
-    # Arrays of numpy know no zones.
-    table = STORED.drop_columns("TIMESTAMP_ARRAY") if frame == "pandas" else STORED
+    table = STORED
     data, path = framed(table, frame), cloud.new_table()
 
     bq_put(data, path, settings=settings)
@@ -979,8 +978,7 @@ def test_the_service_gives_a_model_the_frame_that_bq_get_gave_it(
 ) -> None:
     # Some chunks have nulls only, some have none.
     order = [0, 0, 0, 2, 2, 1, 1, 1, 1, 0, 1, 2] * 10
-    # Arrays of numpy know no zones.
-    table = STORED.drop_columns("TIMESTAMP_ARRAY") if kind is FrameKind.PANDAS else STORED
+    table = STORED
     table = table.take(order).append_column("id", pa.array(range(len(order))))
     path, output = cloud.put(table), cloud.new_table("scored")
     rows = bq_get(path, kind, settings=settings)
