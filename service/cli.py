@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial, wraps
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -40,6 +42,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON o
 
 # For schedulers: what may succeed if it is tried again (sysexits.h calls it EX_TEMPFAIL).
 _TRY_AGAIN = 75
+
+# As a shell says that a command could not be run, is not there, or was ended by a signal.
+# https://pubs.opengroup.org/onlinepubs/9799919799/utilities/V3_chap02.html#tag_19_08_02
+_NOT_RUN, _NOT_FOUND, _SIGNALLED = 126, 127, 128
 
 # What a person reads goes to stderr, what a program reads to stdout.
 _console = Console(stderr=True)
@@ -103,14 +109,16 @@ def local(
     """Keep the local servers up, with the sample tables and model in them, until Ctrl-C.
 
     Prints the settings to export on stdout. With a command, such as `mlsys local -- jupyter lab`,
-    that runs with the settings exported and the service at MLSYS_URL, and ends it all with its
-    status.
+    that runs with the settings exported and the service at MLSYS_URL, gets the signals, and ends it
+    all with its status.
     """
     import anyio
 
     from mlsys.local import load_samples, local_servers
     from service.demo import running_service, train, upload
 
+    # Or SIGTERM would end this process at once, and leave what it has started behind.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(_SIGNALLED + number))
     with local_servers() as servers:
         settings = servers.settings()
         tables = anyio.run(load_samples, settings)
@@ -118,7 +126,7 @@ def local(
         if command:
             with running_service(servers) as url:
                 environ = servers.environ() | {"MLSYS_URL": url}
-                raise typer.Exit(subprocess.run(command, env=environ, check=False).returncode)
+                raise typer.Exit(_status(command, environ))
         told_to_stop = _on_signal()
         for name, value in servers.env.items():
             print(f"export {name}={value}", flush=True)
@@ -126,6 +134,26 @@ def local(
         _console.print("\nExport the settings above in another terminal. Ctrl-C stops the servers.")
         told_to_stop.wait()
         _console.print("Stopping.")
+
+
+def _status(command: Sequence[str], environ: Mapping[str, str]) -> int:
+    """Runs a command to its end, with signals handed on; its status as a shell has it."""
+    try:
+        process = subprocess.Popen(command, env=environ)
+    except OSError as error:
+        _console.print(f"[red]✗[/] {escape(command[0])}: {error.strerror}", highlight=False)
+        return _NOT_FOUND if isinstance(error, FileNotFoundError) else _NOT_RUN
+    at_a_terminal = sys.stdin.isatty()
+
+    def hand_on(number: int, _: FrameType | None) -> None:
+        # Of Ctrl-C at a terminal the command knows already.
+        if number != signal.SIGINT or not at_a_terminal:
+            process.send_signal(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, hand_on)
+    status = process.wait()
+    return status if status >= 0 else _SIGNALLED - status
 
 
 def _on_signal() -> threading.Event:
@@ -351,7 +379,8 @@ def _rows(path: Path) -> Any:
         raise InvalidRequest(f"{path.name} is neither .parquet nor .csv.")
     try:
         read = readers[path.suffix](path)
-    except pa.ArrowInvalid as error:
+        _ = read.column_names  # They are decoded only now.
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"{path.name} can't be read: {redacted(str(error))}.") from error
     return to_frame(to_arrow(read), FrameKind.PANDAS)
 

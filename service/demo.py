@@ -102,6 +102,7 @@ def running_service(servers: LocalServers) -> Iterator[str]:
             env=servers.environ(),
             stdout=log,
             stderr=log,
+            start_new_session=True,  # Ctrl-C is for this process, or for the command that it runs.
         ) as process,
     ):
         try:

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import httpx2
@@ -372,6 +373,7 @@ def test_what_a_csv_lacks_is_null_in_the_golden_rows(
         (b"", b"x\n1.5\n", "model.pkl can't be unpickled"),
         (pickle.dumps(LinearRegression()), b"", "rows.csv can't be read"),
         (pickle.dumps(LinearRegression()), b"x,y\n1\n", "rows.csv can't be read"),
+        (pickle.dumps(LinearRegression()), b"\xff\xfe,y\n1,2\n", "rows.csv can't be read"),
     ],
 )
 def test_publish_says_which_file_is_damaged(
@@ -397,6 +399,65 @@ def test_local_runs_a_command_with_everything_up_and_ends_with_its_status() -> N
 
     assert done.returncode == 7, done.stderr
     assert done.stdout.strip() == "{'status': 'ok'}"
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "told"),
+    [
+        ("no-such-command", 127, "✗ no-such-command: No such file or directory"),
+        ("/", 126, "✗ /: Permission denied"),
+    ],
+)
+def test_a_command_that_could_not_be_run_is_told(
+    capsys: pytest.CaptureFixture[str], command: str, status: int, told: str
+) -> None:
+    assert cli._status([command], os.environ) == status
+    assert capsys.readouterr().err.splitlines() == [told]
+
+
+# Ends by itself when it is told to, with a status of its own, or does not and is killed by it.
+WAITS = """
+import signal, sys, time
+if sys.argv[1] == "heeds":
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: sys.exit(40 + number))
+else:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+print("runs", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "how", "base"), [(signal.SIGINT, "heeds", 40), (signal.SIGTERM, "does not", 128)]
+)
+def test_local_hands_signals_on_to_its_command_and_leaves_nothing_running(
+    number: signal.Signals, how: str, base: int
+) -> None:
+    with subprocess.Popen(
+        [MLSYS, "local", "--", sys.executable, "-c", WAITS, how],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout.readline() == "runs\n"
+        started = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(number)
+        assert process.wait(timeout=30) == base + number
+
+    assert len(started) >= 4
+    assert not [child for child in started if child.is_running()]
+
+
+def test_local_that_is_terminated_at_its_start_leaves_nothing_running() -> None:
+    with subprocess.Popen([MLSYS, "local"], stdout=subprocess.PIPE) as process:
+        parent = psutil.Process(process.pid)
+        while not (started := parent.children(recursive=True)):
+            time.sleep(0.01)  # A process has no event for "I have a child now".
+        process.terminate()
+        assert process.wait(timeout=30) == 128 + signal.SIGTERM
+
+    assert not [child for child in started if child.is_running()]
 
 
 def test_register_counts_the_same_with_a_service_and_without(
