@@ -732,7 +732,7 @@ def plot_residuals(
 
     Raises:
         ValueError: the model is a classifier, `y` has nulls, or there are several outputs and
-            none is chosen.
+            none, or one that is not there, is chosen.
     """
     from sklearn.base import is_classifier
     from sklearn.metrics import PredictionErrorDisplay, mean_absolute_error, r2_score
@@ -779,13 +779,16 @@ def _number(value: float) -> str:
 
 
 def _output(values: np.ndarray, output: int | None) -> np.ndarray:
-    if values.ndim == 1:
-        return values
-    if output is None:
-        raise ValueError(
-            f"The model has {values.shape[1]} outputs. Choose one: output=0 is the first."
-        )
-    return values[:, output]
+    # One output may stand in a column of its own: some models answer as they were fitted.
+    columns = values[:, np.newaxis] if values.ndim == 1 else values
+    outputs = columns.shape[1]
+    if output is None and outputs > 1:
+        raise ValueError(f"The model has {outputs} outputs. Choose one: output=0 is the first.")
+    chosen = output or 0
+    if not 0 <= chosen < outputs:
+        told = "1 output" if outputs == 1 else f"{outputs} outputs"
+        raise ValueError(f"The model has {told}: there is no output {chosen}.")
+    return columns[:, chosen]
 
 
 # Shared

@@ -781,6 +781,29 @@ def test_an_output_of_several_is_to_be_chosen(regression: Case) -> None:
     assert points(ax)[:, 0] == pytest.approx(model.predict(X)[:, 1])
 
 
+@pytest.mark.parametrize("output", [None, 0])
+def test_one_output_in_a_column_of_its_own_is_drawn(regression: Case, output: int | None) -> None:
+    X, y = regression.X[["fare"]], np.asarray(regression.y)
+    model = LinearRegression().fit(X, y.reshape(-1, 1))
+    assert model.predict(X).shape == (len(y), 1)
+
+    ax = vis.plot_residuals(model, X, y, output=output)
+
+    plain = vis.plot_residuals(LinearRegression().fit(X, y), X, y)
+    assert points(ax) == pytest.approx(points(plain))
+
+
+def test_an_output_that_is_not_there_is_refused(regression: Case) -> None:
+    X, y = regression.X[["fare"]], np.asarray(regression.y)
+    for answers in (y, y.reshape(-1, 1)):
+        model = LinearRegression().fit(X, answers)
+        with pytest.raises(ValueError, match="has 1 output: there is no output 1"):
+            vis.plot_residuals(model, X, y, output=1)
+    both = np.column_stack((y, y))
+    with pytest.raises(ValueError, match="has 2 outputs: there is no output 2"):
+        vis.plot_residuals(LinearRegression().fit(X, both), X, both, output=2)
+
+
 def test_residuals_of_a_classifier_or_of_missing_values_are_refused(
     binary: Case, regression: Case
 ) -> None:
