@@ -361,8 +361,8 @@ async def put_table(
 
 
 async def _has_rows(clients: Clients, settings: Settings, table: TableInfo) -> bool:
-    # Rows that were appended lately are read, but not yet counted.
-    if table.rows:
+    # None may be counted where there are some: those that were appended lately.
+    if table.counted_rows:
         return True
     source = await _table_source(clients, settings, table.ref, None, max_streams=1)
     async with _batches(source) as batches:

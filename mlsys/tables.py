@@ -50,11 +50,21 @@ BIGQUERY_TO_ARROW = {name: kind for kind, name in _ARROW_TO_BIGQUERY.items()}
 
 @dataclass(frozen=True)
 class TableInfo:
-    """A table's columns, and how many rows it has where that is known."""
+    """A table's columns, and its rows as far as BigQuery has counted them.
+
+    Rows in the streaming buffer are read with the others, but are not among those counted:
+    https://cloud.google.com/bigquery/docs/reference/rest/v2/tables#Table
+    """
 
     ref: TableRef
     columns: tuple[SchemaField, ...]
-    rows: int | None
+    counted_rows: int | None
+    has_streaming_buffer: bool = False
+
+    @property
+    def rows(self) -> int | None:
+        """How many rows there are to read; None: not known."""
+        return None if self.has_streaming_buffer else self.counted_rows
 
 
 async def find_table(
@@ -75,7 +85,7 @@ async def find_table(
             "written as a stream. Materialize it first: CREATE TABLE … AS SELECT * FROM "
             f"`{ref}`, then name that table."
         )
-    return TableInfo(ref, tuple(table.schema), table.num_rows)
+    return TableInfo(ref, tuple(table.schema), table.num_rows, table.streaming_buffer is not None)
 
 
 async def check_dataset(

@@ -49,8 +49,8 @@ _COMMIT_SECONDS = 30
 class Job:
     """A run that can start: what to do with which rows, and the model that it is done with.
 
-    `schema` is that of the rows to be appended. `table_rows` are those of the table, which a filter
-    may leave fewer of; 0: not known, as where all were streamed into it just now.
+    `schema` is that of the rows to be appended. `table_rows` are those counted of the table, which
+    a filter may leave fewer of; 0: not known, as where all were streamed into it just now.
     """
 
     plan: Plan
@@ -163,7 +163,7 @@ async def prepare(
         schema=output_schema(plan, session.schema),
         model=model,
         sizes=ChunkSize(plan.chunk_rows, most_bytes=settings.chunk_bytes),
-        table_rows=table.rows or 0,
+        table_rows=table.counted_rows or 0,
     )
 
 

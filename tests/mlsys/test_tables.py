@@ -107,6 +107,18 @@ async def test_what_has_no_rows_of_its_own_can_not_be_streamed(
 
 
 @pytest.mark.anyio
+async def test_rows_are_not_known_of_a_table_that_is_streamed_into(rest: RestServer) -> None:
+    status, table = described("TABLE")
+    buffer = {"estimatedRows": "70", "estimatedBytes": "560", "oldestEntryTime": "1700000000000"}
+    rest.answer = lambda _: (status, table | {"numRows": "5", "streamingBuffer": buffer})
+    async with open_clients(rest_only(rest.url)) as clients:
+        found = await find_table(clients.bigquery, T)
+
+    assert found is not None
+    assert (found.counted_rows, found.rows) == (5, None)
+
+
+@pytest.mark.anyio
 async def test_a_table_that_is_not_open_to_the_caller_is_told_as_that(rest: RestServer) -> None:
     rest.answer = lambda _: google_error(403)
     async with open_clients(rest_only(rest.url)) as clients:
