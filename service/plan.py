@@ -98,14 +98,16 @@ def choose_columns(
         ids = [name for name in by_name if name not in set(features)]
     if repeated := _repeated(ids):
         raise InvalidRequest(f"id_columns names {', '.join(repeated)} more than once.")
+    messages, members = [], {}
     if missing := [name for name in dict.fromkeys([*features, *ids]) if name not in by_name]:
-        raise TableMismatch(_missing_message(table, missing), missing_columns=missing)
-    if mistyped := [m for f in needs.features if (m := _mistyped(f, by_name[f.name]))]:
-        raise TableMismatch(
-            f"{table.ref} has columns of a type that the model can't take: "
-            f"{_listed(mistyped)}. Cast them, or train the model on what the table holds.",
-            mistyped_columns=mistyped,
-        )
+        messages.append(_missing_message(table, missing))
+        members["missing_columns"] = missing
+    there = [feature for feature in needs.features if feature.name in by_name]
+    if mistyped := [m for feature in there if (m := _mistyped(feature, by_name[feature.name]))]:
+        messages.append(_mistyped_message(table, mistyped))
+        members["mistyped_columns"] = mistyped
+    if messages:
+        raise TableMismatch(" ".join(messages), **members)
     return Columns(
         features=tuple(by_name[name] for name in features), ids=tuple(by_name[n] for n in ids)
     )
@@ -116,6 +118,13 @@ def _missing_message(table: TableInfo, missing: Sequence[str]) -> str:
     hints = {m: _similar(m, names) for m in missing}
     told = [f"{m} (did you mean {hint}?)" if hint else m for m, hint in hints.items()]
     return f"{table.ref} lacks columns that this run needs: {_listed(told)}."
+
+
+def _mistyped_message(table: TableInfo, mistyped: Sequence[str]) -> str:
+    return (
+        f"{table.ref} has columns of a type that the model can't take: {_listed(mistyped)}. "
+        "Cast them, or train the model on what the table holds."
+    )
 
 
 def _similar(name: str, names: Sequence[str]) -> str | None:

@@ -160,6 +160,21 @@ def test_every_mistyped_column_is_listed_with_what_it_is_and_what_was_wanted() -
     assert ", ".join(wrong) in str(caught.value)
 
 
+def test_missing_and_mistyped_columns_are_listed_together() -> None:
+    info = table(column("a", "STRING"), column("b", "BOOL"))
+    model = needs(Feature("a", "INT64"), Feature("weight", "INT64"), Feature("b", "BOOL"))
+
+    with pytest.raises(TableMismatch) as caught:
+        choose_columns(info, model, ["passport"])
+
+    assert caught.value.members == {
+        "missing_columns": ["weight", "passport"],
+        "mistyped_columns": ["a is STRING, not INT64"],
+    }
+    assert "lacks columns that this run needs: weight, passport. " in str(caught.value)
+    assert "the model can't take: a is STRING, not INT64. Cast" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "actual", ["INT64", "INTEGER", "FLOAT64", "FLOAT", "NUMERIC", "BIGNUMERIC"]
 )
