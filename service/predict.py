@@ -501,8 +501,12 @@ def _blame(predictor: Predictor, chunk: pa.Table, error: BaseException) -> Blame
     row = chunk.slice(bad - 1, 1)
     if (alone := _raised(predictor, row)) is None:
         return Blame(type(error).__name__, None, chunk.num_rows, None)
-    message = str(alone)[:_MOST_READ]
-    said = redacted(message, _quoted(message, row.select(predictor.features)))
+    try:
+        message = str(alone)[:_MOST_READ]
+        said = redacted(message, _quoted(message, row.select(predictor.features)))
+    except Exception:
+        # An exception may raise when asked what it says. What can't be redacted isn't told.
+        said = None
     return Blame(type(alone).__name__, said, chunk.num_rows, bad - 1)
 
 

@@ -1169,6 +1169,17 @@ def test_what_is_no_exception_in_python_is_the_models_fault_as_well(
     assert error.members == {"exception": exception.__name__, "stream": 0, "row": 8}
 
 
+def test_an_exception_that_can_not_say_what_it_is_is_told_by_its_name_and_row() -> None:
+    class Mute(Exception):
+        def __str__(self) -> str:
+            return self.args[5]
+
+    error = raised(RaisesOn(4.0, exception=Mute), numbers(20), chunk_rows=6)
+
+    assert error.members == {"exception": "Mute", "stream": 0, "row": 8}
+    assert "at row 8 of read stream 0 (rows count from 0). Mute. Nothing was" in str(error)
+
+
 def test_a_model_that_drops_a_row_is_an_error_at_that_row_and_not_a_shift() -> None:
     model = Answers(lambda rows: rows["x"][rows["x"] != 5.0])
 
