@@ -37,7 +37,7 @@ from service.sizing import ChunkSize
 from service.source import Sources
 from service.threads import Threads
 from service.trial import interpreter_bound
-from service.workers import WORKER_BYTES, Assignment, in_processes
+from service.workers import WORKER_BYTES, Assignment, in_processes, start_seconds
 
 _log = structlog.get_logger(__name__)
 
@@ -325,7 +325,12 @@ async def _workers(
     if calls < 2 or not fits(calls * WORKER_BYTES):
         return 0
     bound = await interpreter_bound(
-        job.predictor, sources.peek, job.table_rows, limiter=limiter, calls=calls
+        job.predictor,
+        sources.peek,
+        job.table_rows,
+        limiter=limiter,
+        calls=calls,
+        start_seconds=start_seconds(),
     )
     return calls if bound else 0
 

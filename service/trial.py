@@ -23,9 +23,9 @@ from service.threads import Threads
 
 _log = structlog.get_logger(__name__)
 
-# What processes have to save: they take 2 seconds to start, and hold memory as long as they last.
-_PAYS_SECONDS = 4
-# Of fewer rows nothing is asked: they would have to take 80 µs each, which few models do.
+# How many times the seconds that they take to start processes have to save: they hold memory, too.
+_PAYS_TIMES = 2
+# Of fewer rows nothing is asked: they would have to take 20 µs each, which few models do.
 _FEWEST_ROWS = 50_000
 # A call that is timed takes at least this long, where there are rows enough, and so many times as
 # long as one of a single row.
@@ -54,11 +54,11 @@ class Trial:
         """How many times as much so many threads do as one (Amdahl's law)."""
         return 1 / (1 - self.shared + self.shared / calls)
 
-    def processes_pay(self, rows: int, calls: int) -> bool:
+    def processes_pay(self, rows: int, calls: int, start_seconds: float) -> bool:
         """Whether `rows` rows are done sooner, start included, in as many processes as calls."""
         speedup = self.speedup(calls)
         saved = rows * self.row_seconds * (1 / speedup - 1 / calls)
-        return speedup < 1 + _HELPS * (calls - 1) and saved > _PAYS_SECONDS
+        return speedup < 1 + _HELPS * (calls - 1) and saved > _PAYS_TIMES * start_seconds
 
 
 async def interpreter_bound(
@@ -68,6 +68,7 @@ async def interpreter_bound(
     *,
     limiter: anyio.CapacityLimiter,
     calls: int,
+    start_seconds: float,
 ) -> bool:
     """Whether the model's calls hold the interpreter, and so much that processes pay.
 
@@ -75,6 +76,7 @@ async def interpreter_bound(
         peek: gives a batch to try the model on, which stays the next to be read.
         rows: in the table, at most.
         calls: that would run at once.
+        start_seconds: what processes would take to start.
     """
     if rows < _FEWEST_ROWS:
         return False
@@ -82,22 +84,28 @@ async def interpreter_bound(
         sample = pa.Table.from_batches([await peek()])
     except anyio.EndOfStream:
         return False
-    trial = await in_thread(partial(_tried, predictor, sample, rows), limiter)
+    # Of a run that takes less by itself, no processes could save as much.
+    pays_seconds = _PAYS_TIMES * start_seconds
+    trial = await in_thread(partial(_tried, predictor, sample, rows, pays_seconds), limiter)
     if trial is None:
         return False
-    pays = trial.processes_pay(rows, calls)
+    pays = trial.processes_pay(rows, calls, start_seconds)
     _log.info("model tried", interpreter_shared=round(trial.shared, 2), processes=pays)
     return pays
 
 
-def _tried(predictor: Callable[[pa.Table], object], sample: pa.Table, rows: int) -> Trial | None:
+def _tried(
+    predictor: Callable[[pa.Table], object], sample: pa.Table, rows: int, pays_seconds: float
+) -> Trial | None:
     try:
-        return _measure(predictor, sample, rows)
+        return _measure(predictor, sample, rows, pays_seconds)
     except BaseException:  # Whatever it is, the run itself finds the row and tells of it.
         return None
 
 
-def _measure(predictor: Callable[[pa.Table], object], sample: pa.Table, rows: int) -> Trial | None:
+def _measure(
+    predictor: Callable[[pa.Table], object], sample: pa.Table, rows: int, pays_seconds: float
+) -> Trial | None:
     """Times calls of the model; None where nothing can be told, or the table is not worth it."""
     threads = Threads(1)
     chunk = sample.slice(0, 1)
@@ -113,7 +121,7 @@ def _measure(predictor: Callable[[pa.Table], object], sample: pa.Table, rows: in
     if seconds >= enough:  # Or it was held up, as calls are where others use the machine as well.
         seconds = min(seconds, _core_seconds(call))
     row_seconds = (seconds - fixed) / chunk.num_rows
-    if seconds < _HALF_ROWS * fixed or rows * row_seconds < _PAYS_SECONDS:
+    if seconds < _HALF_ROWS * fixed or rows * row_seconds < pays_seconds:
         return None
     if not _putting_off.acquire(timeout=_TURN_SECONDS):
         _log.info("model not tried: another one is, and for long")

@@ -46,6 +46,11 @@ _log = structlog.get_logger(__name__)
 # with its part of the server.
 WORKER_BYTES = 190 * 2**20
 
+# What workers take to start: the first also wait for the server that they are forked from.
+_FIRST_START_SECONDS = 2.0
+_START_SECONDS = 0.5
+_server_is_there = threading.Event()
+
 _READY = "ready"
 _END_SECONDS = 5
 
@@ -60,6 +65,11 @@ class Assignment:
     blob: Blob
     metadata: ModelMetadata
     settings: Settings
+
+
+def start_seconds() -> float:
+    """About how long it takes until workers that are started now predict."""
+    return _START_SECONDS if _server_is_there.is_set() else _FIRST_START_SECONDS
 
 
 @asynccontextmanager
@@ -114,6 +124,7 @@ class _Worker:
         try:
             if self._process.pid is None:
                 await anyio.to_thread.run_sync(self._process.start)
+                _server_is_there.set()
                 self._theirs.close()
                 _log.info("worker started", pid=self._process.pid)
                 await self._call(partial(_hear, self._ours))

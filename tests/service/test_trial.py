@@ -19,7 +19,9 @@ pytestmark = pytest.mark.anyio
 MANY = 2_000_000
 
 
-async def bound(predictor, *batches: pa.RecordBatch, rows: int = MANY) -> bool:
+async def bound(
+    predictor, *batches: pa.RecordBatch, rows: int = MANY, start_seconds: float = 2
+) -> bool:
     sent, received = anyio.create_memory_object_stream[pa.RecordBatch](len(batches))
     with received:
         async with sent:
@@ -27,7 +29,14 @@ async def bound(predictor, *batches: pa.RecordBatch, rows: int = MANY) -> bool:
                 await sent.send(batch)
         source = Source(received)
         limiter = anyio.CapacityLimiter(1)
-        decided = await interpreter_bound(predictor, source.peek, rows, limiter=limiter, calls=2)
+        decided = await interpreter_bound(
+            predictor,
+            source.peek,
+            rows,
+            limiter=limiter,
+            calls=2,
+            start_seconds=start_seconds,
+        )
         kept = await source.chunk(rows)
         given = [batch for batch in batches if batch.num_rows]
         assert kept == (Chunk(0, 0, pa.Table.from_batches(given)) if given else None)
@@ -99,6 +108,18 @@ async def test_small_tables_are_not_worth_a_trial() -> None:
 
     assert not await bound(tried.append, batch(10), rows=1000)
     assert not tried
+
+
+@pytest.mark.parametrize(("start_seconds", "pays"), [(20, False), (0.2, True)])
+async def test_what_pays_depends_on_what_processes_take_to_start(
+    start_seconds: float, pays: bool
+) -> None:
+    # Six seconds of work, of which two processes save three.
+    decided = await bound(
+        lambda rows: work(1e-4 * len(rows)), batch(5000), rows=60_000, start_seconds=start_seconds
+    )
+
+    assert decided == pays
 
 
 async def test_trials_at_once_leave_the_interpreter_as_it_was() -> None:

@@ -70,6 +70,26 @@ def test_a_model_that_holds_the_interpreter_is_predicted_by_processes(
     assert dict(told) == {"n": MANY, "ids": MANY, "sum": sum(range(MANY)), "wrong": 0}
 
 
+def test_a_run_too_short_for_the_first_processes_has_them_once_they_start_sooner(
+    servers: LocalServers, cloud: Cloud, table: str
+) -> None:
+    model, short = cloud.publish(models.PythonPerRow(MICROS)), cloud.put(numbers(MANY * 3 // 10))
+    env = process_environment(**servers.env, READ_STREAMS="2", WORKER_PROCESSES="2")
+    told = []
+
+    with (
+        service_process(env | {"PREDICT_THREADS": "2"}) as service,
+        Client(base_url=service.url, timeout=PATIENCE) as client,
+    ):
+        for name in (short, table, short):
+            output = cloud.new_table()
+            response = client.predict(name, output, model)
+            assert response.json()["rows"] == cloud.count(output) == cloud.count(name)
+            told.append(json.loads(service.wait_for_line("run started"))["processes"])
+
+    assert told == [0, 2, 2]
+
+
 def test_a_model_that_raises_in_a_process_is_told_with_its_row(
     start: Callable[..., Client], cloud: Cloud, table: str
 ) -> None:
