@@ -130,4 +130,6 @@ def redacted(message: str, values: Iterable[object] = ()) -> str:
         if value:
             message = re.sub(rf"(?<!\w){re.escape(value)}(?!\w)", "…", message)
     message = re.sub(r"(?:/[\w.@+-]+){2,}", "…", message)
+    # What some libraries say holds halves of surrogate pairs, which can't be sent.
+    message = message.encode(errors="backslashreplace").decode()
     return message[:_LONGEST_MESSAGE].strip().rstrip(".")

@@ -98,7 +98,7 @@ def check_version(version: str) -> str:
 def is_column_name(name: str) -> bool:
     """Whether a column of BigQuery may have this name; the case of letters is ignored there."""
     allowed = len(name) <= LONGEST_COLUMN_NAME and _NO_COLUMN.search(name) is None
-    return allowed and bool(name.strip())
+    return allowed and bool(name.strip()) and is_text(name)
 
 
 def version_number(version: str) -> int:
@@ -115,6 +115,15 @@ def parse_artifact_path(path: str) -> tuple[str, str] | None:
     """Model name and version of a `{name}/v{N}/model.pkl`; None for any other path."""
     match = _ARTIFACT.fullmatch(path)
     return (match["name"], match["version"]) if match else None
+
+
+def is_text(value: str) -> bool:
+    """Whether it can be sent anywhere: JSON may spell half of a surrogate pair, UTF-8 may not."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def shown(value: str, limit: int = 80) -> str:

@@ -14,6 +14,7 @@ from mlsys.names import (
     check_model_name,
     check_version,
     is_column_name,
+    is_text,
     shown,
 )
 
@@ -38,6 +39,8 @@ def _not_bool(value: object) -> object:
 
 
 def _check_filter(condition: str) -> str:
+    if not is_text(condition):
+        raise ValueError("holds half of a surrogate pair, which no text does")
     if not condition.strip():
         raise ValueError("is blank. Write a condition in SQL, or leave it out for every row")
     return condition

@@ -125,12 +125,14 @@ def add_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> JSONResponse:
+        detail = (
+            f"{request.method} on this path is not something this service answers. "
+            "See /docs for what it does."
+        )
+        if error.status_code == 400:
+            detail = "The body can't be read: it has to be a JSON object in UTF-8."
         problem = Problem(
-            type="about:blank",
-            title=error.detail,
-            status=error.status_code,
-            detail=f"{request.method} on this path is not something this service answers. "
-            "See /docs for what it does.",
+            type="about:blank", title=error.detail, status=error.status_code, detail=detail
         )
         response = problem_response(problem)
         response.headers.update(error.headers or {})

@@ -1180,6 +1180,17 @@ def test_an_exception_that_can_not_say_what_it_is_is_told_by_its_name_and_row() 
     assert "at row 8 of read stream 0 (rows count from 0). Mute. Nothing was" in str(error)
 
 
+def test_an_exception_that_says_what_is_no_text_is_told_in_text() -> None:
+    def answer(rows: pd.DataFrame) -> pd.Series:
+        if (rows["x"] == 4.0).any():
+            raise ValueError("no answer for \udcff")
+        return rows["x"]
+
+    error = raised(Answers(answer), numbers(20), chunk_rows=6)
+
+    assert "ValueError: no answer for \\udcff. Nothing" in str(error)
+
+
 def test_a_model_that_drops_a_row_is_an_error_at_that_row_and_not_a_shift() -> None:
     model = Answers(lambda rows: rows["x"][rows["x"] != 5.0])
 
