@@ -142,6 +142,15 @@ async def _each_once(request: Request) -> None:
         )
 
 
+async def _in_the_body(request: Request) -> None:
+    """Raises RequestValidationError for a query: a run id that is not heeded keeps no promise."""
+    if names := dict.fromkeys(request.query_params):
+        message = "belongs into the body, with every other parameter"
+        raise RequestValidationError(
+            [{"type": "misplaced", "loc": ("query", name), "msg": message} for name in names]
+        )
+
+
 _EACH_ONCE = [Depends(_each_once)]
 
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
@@ -212,7 +221,12 @@ def add_routes(app: FastAPI) -> None:
         """
         return await _answer(engine.start(wanted), request, engine.settings, accept, prefer)
 
-    @app.post("/predict", summary="Predict a table, asked for in JSON", **_PREDICT)
+    @app.post(
+        "/predict",
+        summary="Predict a table, asked for in JSON",
+        dependencies=[Depends(_in_the_body)],
+        **_PREDICT,
+    )
     async def predict_json(
         request: Request,
         wanted: PredictRequest,

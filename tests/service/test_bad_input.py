@@ -433,6 +433,11 @@ def test_a_filter_that_is_refused_is_told(given: Given, where: str) -> None:
         (b'{"chunk_rows": 1.5}', "chunk_rows: "),
         (b'{"chunk_rows": true}', "chunk_rows: "),
         (b'{"no_such": 1}', "no_such: there is no such parameter"),
+        (b'{"where": "x > 1 -- \\ud800"}', "where: holds half of a surrogate pair"),
+        (b'{"id_columns": ["\\ud800"]}', "can't be the name of a column"),
+        (b'{"run_id": "\\ud800"}', "run_id: "),
+        (b'{"env": "\xff"}', "a JSON object in UTF-8"),
+        (b'{"chunk_rows": ' + b"9" * 5000 + b"}", "a JSON object in UTF-8"),
     ],
 )
 def test_a_body_that_is_not_a_request_is_refused(given: Given, body: bytes, mend: str) -> None:
@@ -455,7 +460,16 @@ def test_a_body_of_another_type_is_refused_with_the_right_one(given: Given) -> N
 def test_parameters_of_a_post_do_not_come_from_its_query(given: Given) -> None:
     wanted = request_for(given.table, given.cloud.new_table(), given.model)
 
-    assert_problem(given.service.post("/predict", params=wanted), 400, "is required")
+    assert_problem(given.service.post("/predict", params=wanted), 400, "env: belongs into the body")
+
+
+def test_a_run_id_in_the_query_of_a_post_is_refused_and_not_passed_over(given: Given) -> None:
+    wanted = request_for(given.table, given.cloud.new_table(), given.model)
+
+    response = given.service.post("/predict", params={"run_id": "nightly-1"}, json=wanted)
+
+    assert_problem(response, 400, "run_id: belongs into the body")
+    assert_nothing_appended(given.cloud, wanted["output_table"])
 
 
 def test_an_unknown_path_is_a_problem(service: Client) -> None:
