@@ -65,7 +65,8 @@ def _plain_errors[**P, T](command: Callable[P, T]) -> Callable[P, T]:
                     f"[red]✗[/] {where}: {escape(each['msg'].removeprefix('Value error, '))}"
                 )
         except MlsysError as error:
-            _console.print(f"[red]✗[/] {escape(str(error))}", highlight=False)
+            told = " ".join([str(error), *getattr(error, "__notes__", [])])
+            _console.print(f"[red]✗[/] {escape(told)}", highlight=False)
             if getattr(error, "retry_after", None) is not None:
                 raise typer.Exit(_TRY_AGAIN) from None
         raise typer.Exit(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import ssl
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -82,6 +83,9 @@ def predict(
 ) -> PredictResult:
     """Runs a prediction on the service at `url` and waits for its end.
 
+    A run without an id is given one here: a call may get through twice, and the run may go on where
+    its answer did not arrive. An error that another try may help against names it in a note.
+
     Args:
         progress: called with each progress event.
         token: an identity token, which a service on Cloud Run asks for.
@@ -92,9 +96,15 @@ def predict(
         NotTheService: something else answered.
         Unavailable: there is no service, or the connection to it broke.
     """
-    parameters = request.model_dump(mode="json", exclude_none=True)
-    with _client(url, token, _TIMEOUT) as client:
-        return _follow(client, f"{url.rstrip('/')}/predict", parameters, progress)
+    run_id = request.run_id or uuid.uuid4().hex
+    parameters = request.model_dump(mode="json", exclude_none=True) | {"run_id": run_id}
+    try:
+        with _client(url, token, _TIMEOUT) as client:
+            return _follow(client, f"{url.rstrip('/')}/predict", parameters, progress)
+    except MlsysError as error:
+        if getattr(error, "retry_after", None) is not None:
+            error.add_note(f"Ask again with the run id {run_id}: that never writes twice.")
+        raise
 
 
 def register(url: str, env: Environment, *, token: str | None = None) -> RegistryScan:

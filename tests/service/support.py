@@ -279,6 +279,26 @@ def rows_proxy(target: str) -> Iterator[RowsProxy]:
 
 
 @contextmanager
+def hanging_up(url: httpx2.URL, *, before: bytes) -> Iterator[str]:
+    """A relay to a service that hangs up on the caller when the service says those bytes."""
+
+    def answer(connection: socket.socket) -> None:
+        with connection, socket.create_connection((url.host, url.port)) as service:
+            service.sendall(connection.recv(65_536))  # The request, which is a small one.
+            said = b""
+            while data := service.recv(65_536):
+                said += data
+                if before in said:
+                    return
+                connection.sendall(data)
+
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as threads:
+        answered = threads.submit(lambda: answer(server.accept()[0]))
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+        answered.result(PATIENCE)
+
+
+@contextmanager
 def server_that_says(status: int, content_type: str, body: bytes, **headers: str) -> Iterator[str]:
     """An HTTP server that gives one answer to everything, and then hangs up."""
 

@@ -216,6 +216,15 @@ def test_what_answers_and_is_not_the_service_is_told(
     assert told in done.stderr
 
 
+def test_where_another_try_may_help_it_is_told_with_which_run_id() -> None:
+    tables = ["my-project.data.input", "my-project.data.output"]
+
+    with server_that_says(502, "text/html", b"") as url:
+        done = mlsys_here("predict", *tables, "--model=m", f"--url={url}", "--run-id=nightly-7")
+
+    assert "Ask again with the run id nightly-7: that never writes twice." in done.stderr
+
+
 def test_a_url_without_a_scheme_is_not_worth_another_try() -> None:
     tables = ["my-project.data.input", "my-project.data.output"]
 

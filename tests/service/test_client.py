@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pyarrow as pa
 import pytest
 from sklearn.linear_model import LinearRegression
@@ -12,7 +14,7 @@ from service import client
 from service.client import NotTheService, Refused, predict, register
 from service.contract import PredictRequest, ProgressEvent, RunsRequest
 from tests.conftest import Client, Cloud
-from tests.service.support import server_that_says
+from tests.service.support import hanging_up, server_that_says
 
 
 def wanted(input_table: str, output_table: str, model: str) -> PredictRequest:
@@ -145,6 +147,29 @@ def test_an_answer_that_is_cut_is_worth_another_try(asked: str) -> None:
         pytest.raises(Unavailable, match=r"not all of it \(RemoteProtocolError\). Call again"),
     ):
         ASKED[asked](url)
+
+
+def test_a_run_without_an_id_whose_answer_was_lost_is_written_once(
+    service: Client, cloud: Cloud
+) -> None:
+    rows = pa.table({"id": range(100), "x": [float(i) for i in range(100)]})
+    frame = rows.select(["x"]).to_pandas()
+    model = cloud.publish(LinearRegression().fit(frame, frame["x"]))
+    request = wanted(cloud.put(rows), cloud.new_table(), model)
+
+    with (
+        hanging_up(service.base_url, before=b"event: result") as url,
+        pytest.raises(Unavailable) as caught,
+    ):
+        predict(url, request)
+    [note] = caught.value.__notes__
+    run_id = re.fullmatch(
+        "Ask again with the run id ([0-9a-f]{32}): that never writes twice.", note
+    )
+    again = predict(str(service.base_url), request.model_copy(update={"run_id": run_id[1]}))
+
+    assert again.rows == 100
+    assert cloud.count(request.output_table) == 100
 
 
 @pytest.mark.parametrize("asked", ASKED)
