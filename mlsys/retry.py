@@ -124,23 +124,32 @@ async def resuming[T](
     Args:
         work: takes up where it was left off each time it is called.
         progress: how far the work has come; a number that only grows.
-        seconds: how long to try without any progress, from the first failure on.
+        seconds: how long to try without any progress, from the first failure on. A server that
+            asks for a longer wait than is left of them is not waited for.
         also: what else passes by itself.
     """
-    failed_at = None
+    failed_at, reached, attempts, began = None, progress(), 0, anyio.current_time()
+
+    def passes(error: BaseException) -> bool | float:
+        wait = transient(error) or also(error)
+        anew = attempts == 1 or progress() != reached
+        left = seconds if anew else seconds - (anyio.current_time() - began)
+        return wait if wait is True or wait <= left else False
+
+    def passes_here(error: BaseException) -> bool | float:
+        return progress() == reached and passes(error)
+
     while True:
         reached, attempts, began = progress(), 0, anyio.current_time()
         try:
             async for attempt in stamina.retry_context(
-                on=lambda error, at=reached: progress() == at and (transient(error) or also(error)),
-                attempts=None,
-                timeout=seconds,
+                on=passes_here, attempts=None, timeout=seconds
             ):
                 attempts += 1
                 with attempt:
                     return await work()
         except Exception as error:
-            wait = transient(error) or also(error)
+            wait = passes(error)
             # stamina's time begins with the first attempt, which may have waited for longer than
             # that for an answer.
             waited = anyio.current_time() - began > seconds

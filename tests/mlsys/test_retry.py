@@ -229,13 +229,34 @@ async def test_work_that_fails_for_good_is_not_tried_again(steps: int, error: Ex
 
 
 @pytest.mark.parametrize("steps", [0, 3])
+async def test_a_wait_longer_than_the_time_that_is_left_is_not_waited(steps: int) -> None:
+    busy = failure(CODES.RESOURCE_EXHAUSTED, retry_after=11)
+    work = Work((steps, busy))
+
+    with anyio.fail_after(5), pytest.raises(grpc.aio.AioRpcError) as caught:
+        await resuming(work, progress=lambda: work.done, seconds=10)
+
+    assert caught.value is busy
+    assert work.runs == 1
+
+
+async def test_waits_of_a_server_that_stays_busy_come_to_an_end() -> None:
+    busy = Calls(*[failure(CODES.RESOURCE_EXHAUSTED, retry_after=0.04)] * 100)
+
+    with anyio.fail_after(5), pytest.raises(grpc.aio.AioRpcError):
+        await retrying(busy, seconds=0.1)
+
+    assert 2 <= busy.made <= 4
+
+
+@pytest.mark.parametrize("steps", [0, 3])
 async def test_work_waits_as_long_as_the_server_says_even_if_it_gets_on(steps: int) -> None:
     work = Work((steps, failure(CODES.RESOURCE_EXHAUSTED, retry_after=3600)))
     with anyio.CancelScope() as scope:
         async with anyio.create_task_group() as tasks:
 
             async def resume() -> None:
-                await resuming(work, progress=lambda: work.done, seconds=10)
+                await resuming(work, progress=lambda: work.done, seconds=3600)
 
             tasks.start_soon(resume)
             for _ in range(100):
