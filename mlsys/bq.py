@@ -490,6 +490,17 @@ async def _append(
 ) -> None:
     if not data.num_rows:
         return
+    try:
+        stream = await _sent(clients, settings, data, ref, show)
+    except Unavailable as error:
+        raise Unavailable(f"{error} Nothing was written.") from error
+    await commit_streams(clients.storage, ref, [stream], retry_seconds=settings.retry_seconds)
+
+
+async def _sent(
+    clients: Clients, settings: Settings, data: pa.Table, ref: TableRef, show: ShowRows
+) -> str:
+    """Sends the rows into a new stream, which is finalized and which nobody sees yet."""
     limits = AppendLimits(
         settings.append_request_bytes,
         settings.append_unacked_bytes,
@@ -518,4 +529,4 @@ async def _append(
     seconds = settings.retry_seconds
     if await finalize_stream(clients.storage, stream, retry_seconds=seconds) != data.num_rows:
         raise IntegrityError(f"{ref} did not take every row. Nothing was written.")
-    await commit_streams(clients.storage, ref, [stream], retry_seconds=seconds)
+    return stream

@@ -233,16 +233,13 @@ class SharedToken(Token):
 class _Objects(Storage):
     """Cloud Storage, each call tried again for as long as `retry_seconds` where that may help.
 
+    `_download` is what all of the client's calls that read an object or its metadata go through.
     A write whose answer was lost is made twice: see `mlsys.gcs.write_blob`.
     """
 
     def __init__(self, retry_seconds: float, **options: Any) -> None:
         super().__init__(**options)
         self._seconds = retry_seconds
-
-    async def download_metadata(self, *args: Any, **options: Any) -> Any:
-        call = super().download_metadata
-        return await retrying(lambda: call(*args, **options), seconds=self._seconds)
 
     async def list_objects(self, *args: Any, **options: Any) -> Any:
         call = super().list_objects
@@ -311,11 +308,9 @@ _SAID = {
     errors.NotFound: "does not exist. Check its name and its project",
     errors.Conflict: "exists already, or was changed by somebody else",
     errors.IntegrityError: "lost an append",
-    errors.Unavailable: "can't be reached just now. Nothing was written; try again",
+    errors.Unavailable: "can't be reached just now. Try again",
 }
-_OVER_QUOTA = (
-    "is over a quota of the project. Nothing was written; try again later, or ask Google for more"
-)
+_OVER_QUOTA = "is over a quota of the project. Try again later, or ask Google for more"
 
 
 @contextmanager

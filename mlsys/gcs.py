@@ -81,11 +81,13 @@ def _uploader(resource: dict[str, Any]) -> str | None:
     return said or (resource.get("owner") or {}).get("entity")
 
 
-async def find_blob(objects: Storage, bucket: str, path: str) -> Blob | None:
-    """Looks an object up; None where there is none."""
+async def find_blob(
+    objects: Storage, bucket: str, path: str, *, try_seconds: float = _STAT_SECONDS
+) -> Blob | None:
+    """Looks an object up; None where there is none. A try may take so many seconds."""
     with vendor_errors(f"gs://{bucket}/{path}"):
         try:
-            return Blob.of(await objects.download_metadata(bucket, path, timeout=_STAT_SECONDS))
+            return Blob.of(await objects.download_metadata(bucket, path, timeout=try_seconds))
         except aiohttp.ClientResponseError as error:
             if error.status == 404:
                 return None
@@ -188,7 +190,8 @@ async def write_blob(
                 timeout=try_seconds,
             )
     except Conflict:
-        there = await find_blob(objects, bucket, path)
+        seconds = min(try_seconds, _STAT_SECONDS)
+        there = await find_blob(objects, bucket, path, try_seconds=seconds)
         if there is None or there.crc32c != crc32c(data):
             raise
         return there

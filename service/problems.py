@@ -56,7 +56,8 @@ def problem_of(error: Exception, run_id: str | None = None) -> Problem:
         type="urn:mlsys:internal-error",
         title="Internal error",
         status=500,
-        detail="Something went wrong inside the service; its log says what. Nothing was written.",
+        detail="Something went wrong inside the service; its log says what. A run that is asked "
+        "for again with its run_id never writes twice.",
         instance=instance,
     )
 
@@ -90,7 +91,7 @@ _EXAMPLES: tuple[MlsysError, ...] = (
         stream=0,
         row=700_000,
     ),
-    errors.Unavailable("BigQuery can't be reached just now. Nothing was written; try again."),
+    errors.Unavailable("BigQuery can't be reached just now. Try again."),
 )
 
 

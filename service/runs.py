@@ -92,7 +92,10 @@ class Run:
 
         It is not told as a failure: nobody has to get up for it.
         """
-        self.end(because, _Cancelled(f"The run ended: {because}. Nothing was written."))
+        told = "Nothing was written."
+        if not self.begun.is_set():  # An earlier call may have written its rows.
+            told = f"Ask again with run_id={self.id}: that never writes twice."
+        self.end(because, _Cancelled(f"The run ended: {because}. {told}"))
 
     def end(self, because: str, error: MlsysError) -> None:
         """As `cancel`, with the error that its caller is to have."""
