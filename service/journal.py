@@ -6,11 +6,13 @@ does. What the records are for, and who writes which when, is in `service/once.p
 
 from __future__ import annotations
 
+import heapq
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Protocol
 
 import anyio
+import structlog
 from gcloud.aio.storage import Storage
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -19,8 +21,16 @@ from mlsys.gcs import Blob, find_blob, list_blobs, read_blob, write_blob
 from mlsys.tasks import task_group
 from service.contract import PredictRequest, PredictResult, Problem, RunInfo, RunState
 
+_log = structlog.get_logger(__name__)
+
 _FOLDER = "runs/"
+# Between the parts of a page's mark: when a run started, and the name of its record.
+_MARK = "~"
 _MOST_READS = 16
+# How often a record is looked up that was written anew each time before it was read. Owners do so
+# a few times a minute.
+_MOST_LOOKS = 5
+_LOOK_SECONDS = 0.2
 
 
 class Pins(BaseModel):
@@ -121,16 +131,25 @@ class Journal:
         self._try_seconds = try_seconds
 
     async def read(self, run_id: str) -> Entry | None:
-        """See `Store`. Raises IntegrityError for an object that is no record."""
-        while True:
-            blob = await find_blob(self._objects, self._bucket, _path(run_id))
+        """See `Store`.
+
+        Raises:
+            IntegrityError: the object is no record.
+            Changed: it is another each time, or arrives damaged.
+        """
+        path, seconds = _path(run_id), self._try_seconds
+        for looks in range(1, _MOST_LOOKS + 1):
+            blob = await find_blob(self._objects, self._bucket, path, try_seconds=seconds)
             if blob is None:
                 return None
             try:
-                data = await read_blob(self._objects, blob, try_seconds=self._try_seconds)
-            except (Changed, NotFound):
-                continue  # Written between the two calls: look again.
+                data = await read_blob(self._objects, blob, try_seconds=seconds)
+            except (Changed, NotFound) as error:  # Written between the two calls, most likely.
+                changed = error
+                await anyio.sleep(_LOOK_SECONDS * looks)
+                continue
             return Entry(_record(data, blob), blob.generation)
+        raise Changed(f"The record of the run {run_id} can't be read. Try again.") from changed
 
     async def write(self, record: RunRecord, generation: int) -> Entry:
         """See `Store`."""
@@ -158,32 +177,45 @@ class Journal:
             state: only those; None: all.
             before: where this page begins, as the one before it told.
         """
-        keys = [
-            (blob.labels.get("started", ""), blob)
-            async for blob in list_blobs(self._objects, self._bucket, _FOLDER)
-            if state is None or blob.labels.get("state") == state
-        ]
-        keys.sort(key=lambda key: (key[0], key[1].path), reverse=True)
-        marks = [f"{started}~{blob.path.removeprefix(_FOLDER)}" for started, blob in keys]
-        first = 0 if before is None else sum(mark >= before for mark in marks)
-        page = [blob for _, blob in keys[first : first + most]]
-        more = len(keys) > first + most
-        return await self._infos(page), marks[first + most - 1] if more else None
+        place = None if before is None else _place(before)
+        # The oldest is on top, and goes as soon as there are more than the page and its successor.
+        newest: list[tuple[str, str]] = []
+        async for blob in list_blobs(self._objects, self._bucket, _FOLDER):
+            if state is not None and blob.labels.get("state") != state:
+                continue
+            key = (blob.labels.get("started", ""), blob.path.removeprefix(_FOLDER))
+            if place is None or key < place:
+                heapq.heappush(newest, key)
+                if len(newest) > most + 1:
+                    heapq.heappop(newest)
+        newest.sort(reverse=True)
+        page = newest[:most]
+        more = len(newest) > most
+        return await self._infos([name for _, name in page]), _MARK.join(page[-1]) if more else None
 
-    async def _infos(self, blobs: list[Blob]) -> list[RunInfo]:
+    async def _infos(self, names: list[str]) -> list[RunInfo]:
         found: dict[str, RunInfo] = {}
         limiter = anyio.CapacityLimiter(_MOST_READS)
 
-        async def read(path: str) -> None:
+        async def read(name: str) -> None:
             async with limiter:
-                entry = await self.read(path.removeprefix(_FOLDER).removesuffix(".json"))
+                try:
+                    entry = await self.read(name.removesuffix(".json"))
+                except IntegrityError as error:
+                    _log.warning("not a run", detail=str(error))
+                    return
             if entry is not None:
-                found[path] = entry.record.info()
+                found[name] = entry.record.info()
 
         async with task_group() as tasks:
-            for blob in blobs:
-                tasks.start_soon(read, blob.path)
-        return [found[blob.path] for blob in blobs if blob.path in found]
+            for name in names:
+                tasks.start_soon(read, name)
+        return [found[name] for name in names if name in found]
+
+
+def _place(mark: str) -> tuple[str, str]:
+    started, _, name = mark.partition(_MARK)
+    return started, name
 
 
 def _path(run_id: str) -> str:

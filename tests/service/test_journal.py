@@ -11,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import anyio
+import grpc
 import httpx2
 import pytest
 
@@ -22,6 +23,8 @@ from tests.service.support import (
     PATIENCE,
     Background,
     ObjectsProxy,
+    RefusedCall,
+    RowsProxy,
     abandoned,
     assert_problem,
     log_lines,
@@ -333,6 +336,69 @@ def test_runs_are_listed_newest_first_page_by_page_and_by_state(
     assert end is None
     assert page(state="failed") == ([ids[2]], None)
     assert page(state="committed", limit=100)[0] == [ids[4], ids[3], ids[1], ids[0]]
+
+
+def test_what_is_no_record_hides_no_run_from_the_list(
+    start_service: Callable[..., Client], cloud: Cloud, table: str, doubles: str
+) -> None:
+    bucket = cloud.name("runs").replace("_", "-")
+    create = f"{cloud.settings.storage_emulator_host}/storage/v1/b"
+    service = start_service(gcs_bucket_runs_dev=bucket)
+    service.post(create, json={"name": bucket}).raise_for_status()
+    ids = [cloud.name("run") for _ in range(5)]
+    for run_id in ids:
+        service.predict(table, cloud.new_table(), doubles, run_id=run_id)
+    objects = cloud.clients.objects
+
+    def put(name: str, data: bytes) -> None:
+        cloud.portal.call(
+            lambda: objects.upload(bucket, f"runs/{name}", data, content_type="application/json")
+        )
+
+    # Copied by hand, so without the labels that tell when it was; and what nobody's run is.
+    put(f"{ids[0]}.json", cloud.portal.call(objects.download, bucket, f"runs/{ids[0]}.json"))
+    put("note.json", b"{}")
+    listed, page = [], None
+    while True:
+        wanted = {"env": "dev", "limit": 2} | ({"page": page} if page else {})
+        response = service.get("/runs", params=wanted)
+        assert response.status_code == 200, response.text
+        listed += [run["run_id"] for run in response.json()["runs"]]
+        if (page := response.json()["next_page"]) is None:
+            break
+
+    assert listed == [*ids[:0:-1], ids[0]]
+
+
+def test_a_record_that_never_arrives_whole_is_given_up(
+    start_behind: Callable[..., Client], objects: ObjectsProxy, wanted: dict[str, Any]
+) -> None:
+    service = start_behind()
+    assert service.get("/predict", params=wanted).status_code == 200
+    objects.damage = lambda body: body[:-1]
+
+    response = service.get(f"/runs/{wanted['run_id']}")
+
+    assert_problem(response, 503, "can't be read. Try again")
+
+
+def test_a_commit_that_is_refused_is_told_to_who_asks_for_the_run(
+    start_behind: Callable[..., Client], rows: RowsProxy, wanted: dict[str, Any]
+) -> None:
+    def refuse() -> None:
+        raise RefusedCall(grpc.StatusCode.PERMISSION_DENIED, "no")
+
+    service = start_behind()
+    rows.before["BatchCommitWriteStreams"] = refuse
+    response = service.get("/predict", params=wanted)
+    left = run_of(service, wanted)
+    del rows.before["BatchCommitWriteStreams"]
+
+    assert_problem(response, 403, "The commit is not open to these credentials")
+    assert (left["state"], left["abandoned"]) == ("prepared", True)
+    assert left["error"]["detail"] == response.json()["detail"]
+    assert service.get("/predict", params=wanted).json()["rows"] == 100
+    assert run_of(service, wanted)["error"] is None
 
 
 def test_who_does_not_want_to_wait_is_told_where_to_look(
