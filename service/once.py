@@ -28,7 +28,7 @@ from typing import Any, Protocol
 import anyio
 import structlog
 
-from mlsys.errors import IntegrityError, MlsysError, RunMismatch, TakenOver, Unavailable, UnderWay
+from mlsys.errors import IntegrityError, RunMismatch, TakenOver, UnderWay
 from mlsys.tasks import task_group
 from service.contract import PredictRequest, PredictResult, Problem, RunState
 from service.journal import Entry, Lost, Pins, RunRecord, Store
@@ -38,6 +38,8 @@ _log = structlog.get_logger(__name__)
 # How often a run begins anew in one call because its streams are gone: they last for hours.
 _MOST_ATTEMPTS = 3
 _LAST_WORDS_SECONDS = 5
+# https://cloud.google.com/bigquery/docs/time-travel
+_LONGEST_TIME_TRAVEL = timedelta(days=7)
 
 
 class Clock(Protocol):
@@ -161,11 +163,14 @@ async def _claim(
                 "nonce": uuid.uuid4().hex,
                 "lease_until": lease.until(),
                 "updated_at": now,
+                "error": None,
             }
         )
     else:
         # A run that failed has written nothing, so it may see the table as it is now.
         earlier = before.pins if before and before.state is RunState.RUNNING else None
+        if earlier is not None and now - earlier.snapshot_time > _LONGEST_TIME_TRAVEL:
+            earlier = None  # Nor has this one, and nobody can read those rows any more.
         pins = await work.plan(earlier)
         claimed = RunRecord(
             run_id=run_id,
@@ -229,8 +234,8 @@ async def _carry_on(store: Store, work: Work, claimed: Entry, lease: Lease) -> P
 async def _commit(store: Store, work: Work, owner: _Owner) -> PredictResult | None:
     try:
         committed = await work.commit(owner.record)
-    except BaseException:
-        await owner.last_words()
+    except BaseException as error:
+        await owner.last_words(error=work.problem(error))
         raise
     if not committed:
         await owner.write(state=RunState.FAILED, streams=(), rows=None)
@@ -240,11 +245,15 @@ async def _commit(store: Store, work: Work, owner: _Owner) -> PredictResult | No
         await owner.write(state=RunState.COMMITTED, result=result)
     except TakenOver:
         # What the other tells of these rows is what everybody is told from now on.
-        entry = await store.read(owner.record.run_id)
+        try:
+            entry = await store.read(owner.record.run_id)
+        except Exception as error:
+            _log.warning("result of another owner not read", detail=str(error))
+            return result
         if entry is None or entry.record.state is not RunState.COMMITTED:
             raise
         return _stored(entry.record)
-    except MlsysError as error:
+    except Exception as error:
         # The rows are there. Whoever asks next finds that out again.
         _log.warning("result not journalled", detail=str(error))
     return result
@@ -293,20 +302,29 @@ class _Owner:
 
     async def keep(self) -> None:
         """Renews the lease for as long as it is let."""
+        third = pause = self._lease.seconds / 3
         while True:
-            await self._lease.clock.sleep(self._lease.seconds / 3)
-            try:
-                await self.write()
-            except Unavailable as error:
-                # Others may take over once the lease has run out, and then the fence holds.
-                _log.warning("lease not renewed", detail=str(error))
+            await self._lease.clock.sleep(pause)
+            pause = third / 4
+            # One that takes longer would store a lease that is half over: it is made anew.
+            with anyio.move_on_after(third) as bounded:
+                try:
+                    await self.write()
+                    pause = third
+                except TakenOver:
+                    raise
+                except Exception as error:
+                    # Others may take over once the lease has run out, and then the fence holds.
+                    _log.warning("lease not renewed", detail=str(error))
+            if bounded.cancelled_caught:
+                _log.warning("lease not renewed", detail="no answer in a third of it")
 
     async def last_words(self, **changes: Any) -> None:
         """Lets go of the record, so that nobody has to wait for the lease to run out."""
         with anyio.move_on_after(_LAST_WORDS_SECONDS, shield=True):
             try:
                 await self.write(lease_until=self._lease.clock.now(), **changes)
-            except MlsysError as error:
+            except Exception as error:
                 _log.warning("run not let go", detail=str(error))
 
 

@@ -590,16 +590,20 @@ class Shelf:
     """Records by run id, in memory: see `Store`."""
 
     def __init__(self) -> None:
-        self._kept: dict[str, Entry] = {}
+        self.kept: dict[str, Entry] = {}
+        self.reads_left = 100
 
     async def read(self, run_id: str) -> Entry | None:
-        return self._kept.get(run_id)
+        if not self.reads_left:
+            raise Unavailable("The shelf is out of reach.")
+        self.reads_left -= 1
+        return self.kept.get(run_id)
 
     async def write(self, record: RunRecord, generation: int) -> Entry:
-        there = self._kept.get(record.run_id)
+        there = self.kept.get(record.run_id)
         if generation != (there.generation if there else 0):
             raise Lost
-        entry = self._kept[record.run_id] = Entry(record, generation + 1)
+        entry = self.kept[record.run_id] = Entry(record, generation + 1)
         return entry
 
 
@@ -619,14 +623,24 @@ class StoppedClock:
 class Overtaken:
     """A run that somebody else takes over while it commits: see `Work`."""
 
-    def __init__(self, name: str, meanwhile: Callable[[], Any]) -> None:
+    def __init__(
+        self,
+        name: str,
+        meanwhile: Callable[[], Any],
+        *,
+        before: Callable[[], Any] = anyio.lowlevel.checkpoint,
+    ) -> None:
         self._name = name
+        self._before = before
         self._meanwhile = meanwhile
+        self.pins: Pins | None = None
 
     async def plan(self, pins: Pins | None) -> Pins:
-        return Pins(predicted_at=EPOCH, snapshot_time=EPOCH, model_version="v3", model=BLOB)
+        self.pins = pins
+        return pins or Pins(predicted_at=EPOCH, snapshot_time=EPOCH, model_version="v3", model=BLOB)
 
     async def append(self) -> tuple[tuple[str, ...], int]:
+        await self._before()
         return ("stream",), ROWS
 
     async def commit(self, record: RunRecord) -> bool:
@@ -647,9 +661,18 @@ class Overtaken:
 
 
 @pytest.fixture
-def carry_out() -> Callable[[Overtaken], Any]:
+def shelf() -> Shelf:
+    return Shelf()
+
+
+@pytest.fixture
+def clock() -> StoppedClock:
+    return StoppedClock()
+
+
+@pytest.fixture
+def carry_out(shelf: Shelf, clock: StoppedClock) -> Callable[[Overtaken], Any]:
     """Carries out one run id, however often, after the lease of whoever had it before."""
-    shelf, clock = Shelf(), StoppedClock()
 
     async def carry_out(work: Overtaken) -> PredictResult:
         clock.time += timedelta(seconds=2 * LEASE)
@@ -687,3 +710,84 @@ async def test_who_was_overtaken_by_one_that_is_not_done_has_its_caller_ask_agai
 
     told = await carry_out(Overtaken("a third", anyio.lowlevel.checkpoint))
     assert told.message == "a third"
+
+
+@pytest.mark.anyio
+async def test_who_was_overtaken_and_can_not_read_what_the_other_tells_tells_of_the_same_rows(
+    carry_out: Callable[[Overtaken], Any], shelf: Shelf
+) -> None:
+    async def overtake() -> None:
+        await carry_out(Overtaken("the other", anyio.lowlevel.checkpoint))
+        shelf.reads_left = 1  # In which the first finds that he was overtaken.
+
+    told = await carry_out(Overtaken("the first", overtake))
+
+    assert told.rows == ROWS
+    assert shelf.reads_left == 0
+
+
+@pytest.mark.anyio
+async def test_a_commit_that_failed_is_told_until_it_is_done(
+    carry_out: Callable[[Overtaken], Any], shelf: Shelf
+) -> None:
+    async def die() -> None:
+        raise IntegrityError("Some of the rows are there.")
+
+    with pytest.raises(IntegrityError):
+        await carry_out(Overtaken("the first", die))
+    left = shelf.kept[RUN_ID].record
+    await carry_out(Overtaken("the second", anyio.lowlevel.checkpoint))
+    done = shelf.kept[RUN_ID].record
+
+    assert (left.state, left.error) == (RunState.PREPARED, problem_of(Unavailable("It ended.")))
+    assert (done.state, done.error) == (RunState.COMMITTED, None)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(("days", "kept"), [(6, True), (8, False)])
+async def test_pins_that_nobody_can_read_by_any_more_are_made_anew(
+    carry_out: Callable[[Overtaken], Any],
+    shelf: Shelf,
+    clock: StoppedClock,
+    days: int,
+    kept: bool,
+) -> None:
+    await carry_out(Overtaken("the first", anyio.lowlevel.checkpoint))
+    entry = shelf.kept[RUN_ID]
+    left = entry.record.model_copy(update={"state": RunState.RUNNING, "result": None})
+    shelf.kept[RUN_ID] = Entry(left, entry.generation)
+    clock.time += timedelta(days=days)
+
+    work = Overtaken("the second", anyio.lowlevel.checkpoint)
+    await carry_out(work)
+
+    assert work.pins == (left.pins if kept else None)
+    assert shelf.kept[RUN_ID].record.state is RunState.COMMITTED
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("hangs", [False, True])
+async def test_a_renewal_that_goes_wrong_in_whatever_way_ends_no_run(hangs: bool) -> None:
+    class Clock(StoppedClock):
+        async def sleep(self, seconds: float) -> None:
+            await anyio.sleep(0.01)
+
+    class Breaks(Shelf):
+        renewals = 0
+
+        async def write(self, record: RunRecord, generation: int) -> Entry:
+            if generation and record.state is RunState.RUNNING:
+                self.renewals += 1
+                if hangs and self.renewals == 1:
+                    await anyio.sleep_forever()
+                if self.renewals < 3:
+                    raise ValueError("That is no answer.")
+                renewed.set()
+            return await super().write(record, generation)
+
+    renewed = anyio.Event()
+    work = Overtaken("it", anyio.lowlevel.checkpoint, before=renewed.wait)
+    with anyio.fail_after(10):
+        told = await write_once(Breaks(), work, REQUEST, RUN_ID, Lease(0.3, Clock()))
+
+    assert told.message == "it"
