@@ -21,9 +21,10 @@ A pandas array of TIMESTAMP is one of objects (datetime), as numpy's own times h
 In polars a column has the type of the same name, but a BIGNUMERIC is Float64: polars has no decimal
 that wide.
 
-A null is pandas' own missing value of the dtype (NA, NaN, NaT, None), polars' null, NaN in an
-array of numbers and None in one of objects. An array is of float64 where every column is a number
-or a boolean, and of objects, each as Python has it, where one is not.
+A null is pandas' own missing value of the dtype (NA, NaN, NaT, None), polars' null, and NaN in an
+array of numbers. An array is of float64 where every column is a number or a boolean, and of objects
+where one is not: those that `to_numpy` of the pandas frame gives, where a missing word is NaN. For
+NA, which scikit-learn does not take in arrays, there is NaN as well.
 """
 
 from __future__ import annotations
@@ -122,9 +123,11 @@ def _in_polars(kind: pa.DataType) -> pa.DataType:
 def _to_numpy(table: pa.Table) -> np.ndarray:
     if all(is_numeric(kind) for kind in table.schema.types):
         return _numbers(table, row_major=True)
-    array = np.empty((table.num_rows, table.num_columns), object)
-    for position, column in enumerate(table.columns):
-        array[:, position] = column.to_pylist()
+    frame = _to_pandas(table)
+    array = np.empty(frame.shape, object)
+    for position, dtype in enumerate(frame.dtypes):
+        missing = {"na_value": np.nan} if str(dtype) in ("Int64", "boolean") else {}
+        array[:, position] = frame.iloc[:, position].to_numpy(dtype=object, **missing)
     return array
 
 
@@ -152,6 +155,9 @@ def _numbers(table: pa.Table, *, row_major: bool) -> np.ndarray:
 def _as_floats(column: pa.ChunkedArray) -> pa.ChunkedArray:
     if pa.types.is_boolean(column.type):
         column = column.cast(pa.int8())
+    if pa.types.is_decimal(column.type):
+        # By itself Arrow is an ulp off: 0.03 comes to 0.030000000000000002.
+        column = column.cast(pa.string())
     return column.cast(pa.float64(), safe=False)
 
 

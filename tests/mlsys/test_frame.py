@@ -15,6 +15,10 @@ import pandas as pd
 import polars as pl
 import pyarrow as pa
 import pytest
+from sklearn.impute import SimpleImputer
+from sklearn.linear_model import LinearRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import OneHotEncoder
 
 from mlsys import frame
 from mlsys.frame import FrameKind, is_numeric, to_frame
@@ -185,14 +189,15 @@ def test_the_dtype_of_an_array_depends_on_the_type_and_never_on_the_rows(
 
 @TYPES
 @ROWS
-def test_an_array_has_every_value_and_nan_or_none_for_every_null(name: str, rows: str) -> None:
+def test_an_array_has_every_value_and_what_pandas_has_for_every_null(name: str, rows: str) -> None:
     column, values = COLUMNS[name], rows_of(name)[rows]
     numbers = dict(zip(map(str, column.values), column.widened or column.values, strict=True))
+    stamp = pd.Timestamp if column.pandas.startswith("datetime64") else lambda value: value
 
     array = to_frame(table_of(name, values), FrameKind.NUMPY)
 
-    missing = np.nan if column.numpy == "float64" else None
-    expected = [missing if value is None else numbers[str(value)] for value in values]
+    missing = np.nan if column.numpy == "float64" else column.missing
+    expected = [missing if value is None else stamp(numbers[str(value)]) for value in values]
     assert_same(array[:, 0].tolist(), expected)
 
 
@@ -268,10 +273,12 @@ def chunked(table: pa.Table, *sizes: int) -> pa.Table:
 
 def as_lists(data: Any) -> list[list[Any]]:
     if isinstance(data, np.ndarray):
-        return [data[:, position].tolist() for position in range(data.shape[1])]
+        columns = [data[:, position].tolist() for position in range(data.shape[1])]
+    else:
+        columns = [data[name].to_list() for name in data.columns]
     return [
-        [each.tolist() if isinstance(each, np.ndarray) else each for each in data[name].to_list()]
-        for name in data.columns
+        [each.tolist() if isinstance(each, np.ndarray) else each for each in column]
+        for column in columns
     ]
 
 
@@ -336,14 +343,41 @@ def test_an_array_is_of_floats_where_every_column_is_a_number_or_a_boolean() -> 
     assert array[0].tolist() == [2.0**53, 0.1, 1.5, 1.5, 1.0]
 
 
-def test_an_array_with_one_column_of_words_has_every_value_as_python_has_it() -> None:
+def test_an_array_with_one_column_of_words_is_the_one_that_pandas_gives() -> None:
     table = wide_table().select(["INT64", "FLOAT64", "NUMERIC", "BOOL", "STRING"])
 
     array = to_frame(table, FrameKind.NUMPY)
 
     assert array.dtype == object
     assert array[0].tolist() == [2**53 + 1, 0.1, Decimal("1.500000000"), True, ""]
-    assert array[4].tolist() == [None] * 5
+    in_pandas = to_frame(table, FrameKind.PANDAS).to_numpy(dtype=object)
+    assert_same(array[:4].ravel().tolist(), in_pandas[:4].ravel().tolist())
+    # scikit-learn does not take NA in an array, which the first and the fourth are in pandas.
+    assert_same(array[4].tolist(), [np.nan, np.nan, None, np.nan, np.nan])
+
+
+@pytest.mark.parametrize("kind", [pa.decimal128(38, 9), pa.decimal256(76, 38)], ids=str)
+def test_a_decimal_in_an_array_is_the_float_that_python_makes_of_it(kind: pa.DataType) -> None:
+    values = [Decimal(cents) / 100 for cents in range(-2_000, 20_000)]
+
+    array = to_frame(pa.table({"x": pa.array(values, kind)}), FrameKind.NUMPY)
+
+    assert array[:, 0].tolist() == [float(value) for value in values]
+
+
+@pytest.mark.parametrize("steps", [(), (SimpleImputer(strategy="most_frequent"),)], ids=len)
+def test_a_model_of_bare_arrays_finds_missing_words_as_in_the_notebook(
+    steps: tuple[Any, ...],
+) -> None:
+    table = pa.table({"city": ["Rome", None, "Oslo"] * 5, "age": [20.0, 30.0, None] * 5})
+    in_notebook = to_frame(table, FrameKind.PANDAS).to_numpy()
+    model = make_pipeline(*steps, OneHotEncoder(handle_unknown="ignore"), LinearRegression())
+    model.fit(in_notebook, [10.0, 30.0, 20.0] * 5)
+
+    answers = model.predict(to_frame(table, FrameKind.NUMPY))
+
+    assert answers.tolist() == model.predict(in_notebook).tolist()
+    assert answers[:3] == pytest.approx([10, 30, 20])
 
 
 @KINDS
