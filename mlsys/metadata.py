@@ -134,8 +134,13 @@ def golden_mismatch(model: Any, metadata: ModelMetadata, frame: FrameKind) -> st
         rows = _from_json(golden.rows, features)
     except (KeyError, TypeError, ValueError, ArithmeticError):
         return "its golden rows in metadata.json can't be read"
+    return answers_mismatch(model, golden, to_frame(rows, frame))
+
+
+def answers_mismatch(model: Any, golden: GoldenRows, rows: Any) -> str | None:
+    """How a model's answers to `rows` differ from the golden ones; None where they agree."""
     try:
-        predictions, probabilities = _answers(model, to_frame(rows, frame))
+        predictions, probabilities = _answers(model, rows)
     except BaseException as error:  # A model may raise anything; a panic in Rust is no Exception.
         return f"it raises {type(error).__name__}"
     if told := _miscounted(predictions, len(golden.rows)):

@@ -28,6 +28,7 @@ from mlsys.gcs import find_blob, list_blobs, write_blob
 from mlsys.metadata import (
     GoldenRows,
     ModelMetadata,
+    answers_mismatch,
     describe_features,
     first_mistake,
     golden_rows,
@@ -91,7 +92,8 @@ def publish_model(
         model: any fitted scikit-learn estimator or pipeline.
         name: lower case words joined by hyphens.
         version: `v1`, `v2`, … or `next`, the one after the highest there is.
-        rows: a few rows of what the model was trained on, the features at least. They give the
+        rows: a few rows of what the model was trained on, the features at least: of a model that
+            does not know their names those alone, unless `metadata` names them. They give the
             features' types; the first five, and the model's answers to them, go along as golden
             rows, which the service asks the model again when it loads it. Without them the
             metadata names the features alone, and nothing is asked again.
@@ -115,7 +117,8 @@ def publish_model(
         raise InvalidRequest(f"env is {shown(str(env))}. Use one of {', '.join(Environment)}.")
     _check_predicts(model)
     data = _pickled(model)
-    facts = _known(model) | ({} if rows is None else _seen(model, rows))
+    features = _feature_names(model, metadata)
+    facts = _known(model) | ({} if rows is None else _seen(model, rows, features))
     facts["sha256"] = hashlib.sha256(data).hexdigest()
     told, text = _told(metadata, facts, target=target, id_columns=id_columns, metrics=metrics)
     _check_columns(told)
@@ -249,16 +252,50 @@ def _known(model: Any) -> dict[str, Any]:
     }
 
 
-def _seen(model: Any, rows: Any) -> dict[str, Any]:
+def _feature_names(model: Any, metadata: Mapping[str, Any] | None) -> list[str] | None:
+    """As the model knows them, else as the caller says; None: every column of its rows is one."""
+    fitted = getattr(model, "feature_names_in_", None)
+    told = (metadata or {}).get("features") if fitted is None else fitted
+    if told is None or isinstance(told, str):
+        return None
+    names = [each.get("name") if isinstance(each, Mapping) else each for each in told]
+    # What is no name is told with the rest of the metadata.
+    return names if all(isinstance(name, str) for name in names) else None
+
+
+def _seen(model: Any, rows: Any, names: Sequence[str] | None) -> dict[str, Any]:
     """What rows of its features tell of a model."""
     fitted = getattr(model, "feature_names_in_", None)
-    features = _feature_rows(rows, fitted)
+    features = _feature_rows(rows, names)
+    width = getattr(model, "n_features_in_", features.num_columns)
+    if fitted is None and features.num_columns != width:
+        raise InvalidRequest(
+            f"rows has {features.num_columns} columns, and the model was fitted on {width} without "
+            "names. Pass those alone, in their order, or name them in the metadata's `features`."
+        )
     frame, golden = _golden(model, features.slice(0, _GOLDEN_ROWS), _frame_kinds(rows, fitted))
+    if frame is FrameKind.NUMPY:
+        _check_answers(model, golden, rows, features.column_names)
     return {
         "features": describe_features(features, _dtypes(rows, features.column_names)),
         "frame": str(frame),
         "golden": golden,
     }
+
+
+def _check_answers(model: Any, golden: GoldenRows, rows: Any, names: Sequence[str]) -> None:
+    """Raises InvalidRequest where the model answers an array of the caller's rows otherwise."""
+    if isinstance(rows, pa.Table):
+        return
+    as_given = rows[list(names)].head(_GOLDEN_ROWS).to_numpy()
+    if _raised(model.predict, as_given) is not None:
+        return  # It was fitted on another array, such as one of another dtype.
+    if differs := answers_mismatch(model, golden, as_given):
+        raise InvalidRequest(
+            "The model answers an array of these rows otherwise than what the service would make "
+            f"of them: {differs}. Fit it on the array of a pandas frame from bq_get, where a "
+            "missing word is NaN, or on a frame."
+        )
 
 
 def _golden(model: Any, rows: pa.Table, kinds: Sequence[FrameKind]) -> tuple[FrameKind, GoldenRows]:

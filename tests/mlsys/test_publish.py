@@ -428,6 +428,51 @@ def test_the_service_takes_a_model_that_answers_as_it_did(
     assert cloud.count(output) == len(ROWS)
 
 
+CITIES = {"id": list(range(6)), "city": ["Rome", None, "Oslo"] * 2, "y": [10.0, 30.0, 20.0] * 2}
+
+
+def test_a_missing_word_in_a_bare_array_is_what_it_was_in_the_notebook(
+    service: Client, cloud: Cloud, settings: Settings, name: str
+) -> None:
+    table = cloud.put(pa.table(CITIES))
+    rows = bq_get(table, settings=settings)
+    model = make_pipeline(OneHotEncoder(handle_unknown="ignore"), LinearRegression())
+    model.fit(rows[["city"]].to_numpy(), rows["y"])
+    metadata = {"features": ["city"]}
+    publish_model(model, name, rows=rows, metadata=metadata, id_columns="id", settings=settings)
+    output = cloud.new_table("scored")
+
+    response = service.predict(table, output, name)
+
+    assert response.status_code == 200, response.text
+    told = [row["Prediction"] for row in cloud.rows(output, order_by="id")]
+    assert told == pytest.approx(rows.sort_values("id")["y"].tolist())
+
+
+def test_a_model_of_arrays_that_the_service_does_not_make_is_refused(
+    settings: Settings, name: str
+) -> None:
+    rows = pl.DataFrame(CITIES).select("city", "y")
+    model = make_pipeline(OneHotEncoder(handle_unknown="ignore"), LinearRegression())
+    model.fit(rows.select("city").to_numpy(), rows["y"].to_numpy())
+
+    with pytest.raises(InvalidRequest, match="2 of 5 predictions differ.*missing word is NaN"):
+        publish_model(model, name, rows=rows.select("city"), settings=settings)
+
+
+def test_rows_of_more_columns_than_a_bare_model_has_are_told_as_that(
+    settings: Settings, name: str
+) -> None:
+    bare = LinearRegression().fit(FEATURES.to_numpy(), SUM)
+
+    with pytest.raises(InvalidRequest, match="rows has 3 columns, and the model was fitted on 2"):
+        publish_model(bare, name, rows=ROWS, settings=settings)
+    told = {"features": ["a", {"name": "b"}]}
+    published = publish_model(bare, name, rows=ROWS, metadata=told, settings=settings)
+
+    assert [each.name for each in published.metadata.typed_features()] == ["a", "b"]
+
+
 def test_features_with_gaps_and_infinities_are_asked_again_as_they_were(
     service: Client, cloud: Cloud, settings: Settings, name: str
 ) -> None:
