@@ -308,9 +308,9 @@ _SAID = {
     errors.NotFound: "does not exist. Check its name and its project",
     errors.Conflict: "exists already, or was changed by somebody else",
     errors.IntegrityError: "lost an append",
-    errors.Unavailable: "can't be reached just now. Try again",
+    errors.Unavailable: "can't be reached just now; try again",
 }
-_OVER_QUOTA = "is over a quota of the project. Try again later, or ask Google for more"
+_OVER_QUOTA = "is over a quota of the project; try again later, or ask Google for more"
 
 
 @contextmanager

@@ -91,7 +91,7 @@ _EXAMPLES: tuple[MlsysError, ...] = (
         stream=0,
         row=700_000,
     ),
-    errors.Unavailable("BigQuery can't be reached just now. Try again."),
+    errors.Unavailable("BigQuery can't be reached just now; try again."),
 )
 
 

@@ -252,8 +252,8 @@ def test_each_status_of_bigquerys_rest_api_is_one_of_our_errors(
         (400, "jobRateLimitExceeded", Unavailable, "over a quota"),
         (403, "billingNotEnabled", InvalidRequest, "the server's own words"),
         (403, "responseTooLarge", InvalidRequest, "the server's own words"),
-        (403, "blocked", Unavailable, "Try again"),
-        (400, "tableUnavailable", Unavailable, "Try again"),
+        (403, "blocked", Unavailable, "try again"),
+        (400, "tableUnavailable", Unavailable, "try again"),
         (403, "accessDenied", AccessDenied, "Grant them access"),
     ],
 )
