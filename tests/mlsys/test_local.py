@@ -11,6 +11,7 @@ from pathlib import Path
 
 import aiohttp
 import anyio
+import numpy as np
 import psutil
 import pyarrow as pa
 import pytest
@@ -96,6 +97,16 @@ def test_the_server_keeps_no_copies_of_what_a_table_was_before(cloud: Cloud) -> 
     )
     assert told["tables"] > 0
     assert told["copies"] == 0
+
+
+def test_the_server_sends_wide_tables(cloud: Cloud, settings: Settings) -> None:
+    columns = {f"f{number}": np.random.default_rng(number).random(70_000) for number in range(60)}
+    path = cloud.put(pa.table(columns))
+
+    rows = bq_get(path, settings=settings)
+
+    assert rows.shape == (70_000, 60)
+    assert rows["f59"].sum() == pytest.approx(columns["f59"].sum())
 
 
 # A program that says that it runs by connecting to a port, and does not end when it is told to.

@@ -403,10 +403,18 @@ def test_a_model_is_looked_for_in_the_bucket_of_its_environment_only(given: Give
     assert response.json()["model"]["uri"] == f"gs://mlsys-models-staging/{name}/v1/model.pkl"
 
 
-# The local server reads a filter that it can't parse as none, so what is asked here are filters
-# that it refuses as well.
 @pytest.mark.parametrize(
-    "where", ["nope = 1", "CAST(word AS INT64) = 1", "1 = 1; DROP TABLE x", "x IN (SELECT 1)"]
+    "where",
+    [
+        "nope = 1",
+        "CAST(word AS INT64) = 1",
+        "1 = 1; DROP TABLE x",
+        "x IN (SELECT 1)",
+        "x = 1 AND",
+        "(x = 1",
+        "x >",
+        "WHERE x = 1",
+    ],
 )
 def test_a_filter_that_is_refused_is_told(given: Given, where: str) -> None:
     given.refused(400, given.table, where=where)
