@@ -255,8 +255,9 @@ def _as_names(labels: Sequence[object]) -> Iterator[str]:
     """Labels as parts of column names: letters, digits and underscores, each once."""
     taken: set[str] = set()
     for label in labels:
-        shown = f"{label:g}" if isinstance(label, float) else str(label)
-        name = plain = re.sub(r"\W", "_", shown, flags=re.ASCII)
+        # Labels are floats where the column that they are from had gaps, as whole as they were.
+        shown = str(label).removesuffix(".0") if isinstance(label, float) else str(label)
+        name = plain = re.sub(r"\W", "_", shown)
         numbers = count(len(taken))
         while name.casefold() in taken:
             name = f"{plain}_{next(numbers)}"

@@ -305,6 +305,17 @@ def test_several_classes_are_predicted_with_their_probabilities(
 # What a model was fitted on
 
 
+def test_classes_of_any_script_have_columns_of_their_names(service: Client, cloud: Cloud) -> None:
+    classes = np.array(["нет", "возможно", "да"])[np.digitize(FRAME["a"], [-0.5, 0.5])]
+    model = LogisticRegression().fit(FRAME, classes)
+
+    output = predict(service, cloud, model, NUMBERS)
+
+    told = [name for name in cloud.columns(output) if name.startswith("PredictionProbability_")]
+    assert [name.partition("_")[2] for name in told] == ["возможно", "да", "нет"]
+    assert_as_in_the_notebook(cloud, output, model, NUMBERS, FRAME)
+
+
 def test_a_model_on_a_bare_array_finds_its_features_in_the_metadata(
     service: Client, cloud: Cloud
 ) -> None:
