@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC
 from functools import partial, wraps
 from pathlib import Path
 from types import FrameType
@@ -49,6 +50,18 @@ _NOT_RUN, _NOT_FOUND, _SIGNALLED = 126, 127, 128
 
 # What a person reads goes to stderr, what a program reads to stdout.
 _console = Console(stderr=True)
+# Of a table that is not for a terminal, so that no name in it is cut into lines.
+_WIDE = 1000
+
+
+def _say(mark: str, text: str) -> None:
+    """One line, however long: a log entry or a match of grep is a line."""
+    _console.print(f"{mark}[/] {escape(text)}", highlight=False, soft_wrap=True)
+
+
+def _show(table: Table) -> None:
+    console = Console()
+    console.print(table, width=None if console.is_terminal else _WIDE, crop=console.is_terminal)
 
 
 def _plain_errors[**P, T](command: Callable[P, T]) -> Callable[P, T]:
@@ -61,12 +74,10 @@ def _plain_errors[**P, T](command: Callable[P, T]) -> Callable[P, T]:
         except ValidationError as error:
             for each in error.errors(include_url=False):
                 where = ".".join(map(str, each["loc"]))
-                _console.print(
-                    f"[red]✗[/] {where}: {escape(each['msg'].removeprefix('Value error, '))}"
-                )
+                _say("[red]✗", f"{where}: {each['msg'].removeprefix('Value error, ')}")
         except MlsysError as error:
             told = " ".join([str(error), *getattr(error, "__notes__", [])])
-            _console.print(f"[red]✗[/] {escape(told)}", highlight=False)
+            _say("[red]✗", told)
             if getattr(error, "retry_after", None) is not None:
                 raise typer.Exit(_TRY_AGAIN) from None
         raise typer.Exit(1)
@@ -142,7 +153,7 @@ def _status(command: Sequence[str], environ: Mapping[str, str]) -> int:
     try:
         process = subprocess.Popen(command, env=environ)
     except OSError as error:
-        _console.print(f"[red]✗[/] {escape(command[0])}: {error.strerror}", highlight=False)
+        _say("[red]✗", f"{command[0]}: {error.strerror}")
         return _NOT_FOUND if isinstance(error, FileNotFoundError) else _NOT_RUN
     at_a_terminal = sys.stdin.isatty()
 
@@ -166,13 +177,17 @@ def _on_signal() -> threading.Event:
 
 
 @app.command()
+@_plain_errors
 def serve(
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="The port to listen on.")] = 8080,
+    port: Annotated[int, typer.Option(help="The port to listen on.", min=0, max=65_535)] = 8080,
 ) -> None:
     """Serve predictions over HTTP, with the settings of the environment or `.env`."""
     import uvicorn
 
+    from mlsys.settings import Settings
+
+    Settings()  # Or what is wrong with them would be told from inside the server.
     uvicorn.run("service.app:create_app", factory=True, host=host, port=port, log_config=None)
 
 
@@ -251,15 +266,16 @@ def runs(
     if as_json:
         print(page.model_dump_json())
         return
-    Console().print(_runs_table(page.runs))
+    _show(_runs_table(page.runs))
     for each in page.runs if run_id else ():
         if each.error is not None:
-            _console.print(f"[red]✗[/] {escape(each.error.detail)}", highlight=False)
+            _say("[red]✗", each.error.detail)
 
 
 def _runs_table(found: Sequence[RunInfo]) -> Table:
     table = Table()
-    for header in ("Run", "State", "Model", "Output", "Rows", "Started"):
+    table.add_column("Run", no_wrap=True)
+    for header in ("State", "Model", "Output", "Rows", "Started (UTC)"):
         table.add_column(header, overflow="fold")  # A name that is cut short can't be copied.
     for each in found:
         table.add_row(
@@ -268,7 +284,7 @@ def _runs_table(found: Sequence[RunInfo]) -> Table:
             f"{each.request.model_name} {each.model_version}",
             each.request.output_table,
             f"{each.result.rows if each.result else each.rows_done:,}",
-            f"{each.started_at:%Y-%m-%d %H:%M:%S}",
+            f"{each.started_at.astimezone(UTC):%Y-%m-%d %H:%M:%S}",
         )
     return table
 
@@ -289,7 +305,7 @@ def _answer(result: BaseModel, message: str, as_json: bool) -> None:
     if as_json:
         print(result.model_dump_json())
     else:
-        _console.print(f"[green]✓[/] {message}", highlight=False)
+        _say("[green]✓", message)
 
 
 @app.command()
@@ -304,10 +320,9 @@ def register(env: Env, url: Url = None, token: Token = None, as_json: AsJson = F
         result = _here("register_here", env)
     for each in result.registered:
         if each.problem is not None:
-            told = f"{each.name} {each.version}: {each.problem}"
-            _console.print(f"[yellow]![/] {escape(told)}", highlight=False)
+            _say("[yellow]!", f"{each.name} {each.version}: {each.problem}")
     for each in result.skipped:
-        _console.print(f"[yellow]![/] {escape(f'{each.path}: {each.reason}')}", highlight=False)
+        _say("[yellow]!", f"{each.path}: {each.reason}")
     counts = result.counts
     told = f"{counts.registered} models registered in {result.table}, {counts.deleted} gone."
     _answer(result, told, as_json)
@@ -358,7 +373,8 @@ def _estimator(path: Path) -> Any:
         said = redacted(f"{type(error).__name__}: {error}")
         raise InvalidRequest(
             f"{path.name} can't be unpickled ({said}). Save a fitted estimator with pickle or "
-            "joblib, of the versions that are installed here."
+            "joblib, of the versions that are installed here; classes of your own belong in a "
+            "package that is installed here and in the service."
         ) from error
 
 
@@ -408,4 +424,4 @@ def models(env: Env, as_json: AsJson = False) -> None:
     table = Table("Model", "Latest", "Versions", title=f"gs://{bucket}", title_justify="left")
     for name, each in versions.items():
         table.add_row(name, each[-1], ", ".join(each))
-    Console().print(table)
+    _show(table)

@@ -471,6 +471,24 @@ def test_local_that_is_terminated_at_its_start_leaves_nothing_running() -> None:
     assert not left
 
 
+@pytest.mark.parametrize(
+    ("arguments", "settings", "told"),
+    [
+        ((), {"MLSYS_ENV": "production"}, "✗ mlsys_env: Input should be 'dev', 'staging' or"),
+        ((), {"MAX_RUNS": "0"}, "✗ max_runs: Input should be greater than"),
+        (("--port=80800",), {}, "less than or equal to 65535"),
+    ],
+)
+def test_a_service_that_can_not_be_set_up_is_told_in_a_line(
+    arguments: tuple[str, ...], settings: dict[str, str], told: str
+) -> None:
+    done = mlsys("serve", *arguments, **settings)
+
+    assert done.returncode in (1, 2)
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_register_counts_the_same_with_a_service_and_without(
     service: Client, servers: LocalServers, scored: tuple[str, str]
 ) -> None:
@@ -494,11 +512,15 @@ def test_runs_are_listed_with_a_service_and_without(
     there = mlsys_here("runs", run_id, "--json", f"--url={service.base_url}")
     listed = mlsys_here("runs", "--state=committed", "--limit=1", f"--url={service.base_url}")
     nobody = mlsys_here("runs", "nobody", f"--url={service.base_url}")
+    table_of_all = mlsys("runs", **servers.env).stdout
 
     assert here.returncode == 0, here.stderr
     assert json.loads(here.stdout) == json.loads(there.stdout)
     [run] = json.loads(here.stdout)["runs"]
     assert (run["run_id"], run["state"]) == (run_id, "committed")
     assert "committed" in listed.stdout
+    # A line for each, in which nothing is cut: for grep.
+    [line] = [line for line in table_of_all.splitlines() if run_id in line]
+    assert run["request"]["output_table"] in line
     assert nobody.exit_code == 1
     assert "no run 'nobody'" in nobody.stderr
