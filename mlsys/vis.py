@@ -58,6 +58,8 @@ _PALE = "#e3e3e3"
 _BASELINE = {"color": "#6b6b6b", "linestyle": ":", "linewidth": 1.4, "marker": None}
 _SCORES = {"f1": "F1", "r2": "R²", "roc_auc": "ROC AUC"}
 _MAX_CURVES = len(_MARKERS)
+# Letters of a label that is not shortened.
+_LONGEST_LABEL = 32
 _LETTER = 0.08  # inches, of the widest letters
 _WIDTH = 7.0
 _SQUARE = (5.6, 5.6)
@@ -221,7 +223,7 @@ def plot_missing_values(frame: Rows, *, top: int = 30, ax: Axes | None = None) -
     texts = [
         f"{_percent(share)} ({count:,})" for share, count in zip(shares, counts[order], strict=True)
     ]
-    _draw_bars(ax, [names[i] for i in order], shares, texts)
+    _draw_bars(ax, [names[i] for i in order], shares, texts, longest=1)
     label = f"Share and number of the {rows:,} rows without a value"
     if affected > top:
         label += f"\n(the {top} columns with the most of them, of {affected:,})"
@@ -571,7 +573,10 @@ def _one_against_rest(
 def _name(y: Values, value: object) -> str:
     # A legend leaves out what begins with an underscore.
     column = str(getattr(y, "name", None) or "").lstrip("_")
-    return _short(f"{column} = {_text(value)}" if column else f"class {_text(value)}")
+    told = f"{column} = {_text(value)}"
+    # Shortened, the classes of a long column would be told apart by their ends alone.
+    fits = column and len(told) <= _LONGEST_LABEL
+    return _short(told if fits else f"class {_text(value)}")
 
 
 def _choose(known: list, labels: np.ndarray, classes: Sequence | None) -> list:
@@ -759,18 +764,21 @@ def plot_residuals(
     note = f"\n({drawn:,} of the {len(truth):,} rows are drawn)" if drawn < len(truth) else ""
     return _label(
         display.ax_,
-        f"{'Residuals' if residual else 'Predictions'}: {fit}, {error}",
+        f"Residuals: {fit}, {error}" if residual else f"Predictions: {fit}\n{error}",
         f"Predicted value{note}",
         "Residual (actual minus predicted)" if residual else "Actual value",
     )
 
 
 def _number_axes(ax: Axes) -> None:
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import EngFormatter, MaxNLocator
 
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_locator(MaxNLocator(6))
-        if np.ptp(axis.get_view_interval()) >= 1000:
+        span = np.ptp(axis.get_view_interval())
+        if span >= 1e7:  # Too long for one beside the other: 12 M.
+            axis.set_major_formatter(EngFormatter())
+        elif span >= 1000:
             axis.set_major_formatter("{x:,.0f}")
 
 
@@ -821,8 +829,12 @@ def _draw_bars(
     sizes: Sequence[float],
     texts: Sequence[str] = (),
     spread: Sequence[float] | None = None,
+    longest: float | None = None,
 ) -> list:
-    """Bars from left to right, the first on top: labels of any length stay legible."""
+    """Bars from left to right, the first on top: labels of any length stay legible.
+
+    The width is that of a bar of size `longest`, or of the longest there is.
+    """
     places = np.arange(len(labels))
     error_kw = {"ecolor": "black", "elinewidth": 1.2, "capsize": 3}
     bars = ax.barh(places, sizes, height=0.7, color=_BAR, xerr=spread, error_kw=error_kw)
@@ -833,15 +845,15 @@ def _draw_bars(
     ax.grid(visible=False, axis="y")
     ax.spines[["left", "right", "top"]].set_visible(False)
     if texts:
-        _write_sizes(ax, bars, texts)
+        _write_sizes(ax, bars, texts, longest or max(sizes))
     return list(bars)
 
 
-def _write_sizes(ax: Axes, bars: Any, texts: Sequence[str]) -> None:
+def _write_sizes(ax: Axes, bars: Any, texts: Sequence[str], longest: float) -> None:
     """Numbers at the ends of the bars take the place of the axis."""
     ax.bar_label(bars, texts, padding=4)
     room = min(0.5, _LETTER * max(map(len, texts)) / _inches(ax))
-    ax.set_xlim(0, max(bar.get_width() for bar in bars) / (1 - room))
+    ax.set_xlim(0, longest / (1 - room))
     ax.set_xticks([])
     ax.spines["bottom"].set_visible(False)
 
@@ -855,7 +867,7 @@ def _text(value: object) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
-def _short(text: str, limit: int = 32) -> str:
+def _short(text: str, limit: int = _LONGEST_LABEL) -> str:
     """The beginning and the end: names that differ in either stay different."""
     tail = limit // 3
     text = text if len(text) <= limit else f"{text[: limit - tail - 1]}…{text[-tail:]}"

@@ -781,6 +781,31 @@ def test_an_output_of_several_is_to_be_chosen(regression: Case) -> None:
     assert points(ax)[:, 0] == pytest.approx(model.predict(X)[:, 1])
 
 
+def test_predictions_of_millions_are_told_apart_on_their_axis(regression: Case) -> None:
+    X, y = regression.X[["fare"]], np.asarray(regression.y) * 1e6
+    ax = vis.plot_residuals(LinearRegression().fit(X, y), X, y, kind="actual_vs_predicted")
+    ax.figure.canvas.draw()
+    assert {label.get_text()[-1] for label in ax.get_xticklabels()} <= {"M", "0"}
+    assert ax.get_title().count("\n") == 1
+
+
+def test_classes_of_a_column_with_a_long_name_keep_names_of_their_own() -> None:
+    X = np.linspace(0, 1, 30).reshape(-1, 1)
+    kinds = np.repeat(["Bronze customers", "Gold customers", "Silver customers"], 10)
+    y = pd.Series(kinds, name="loyalty_programme_tier")
+    ax = vis.plot_roc(LogisticRegression().fit(X, y), X, y)
+    names = [text.get_text().partition(" (")[0] for text in ax.get_legend().get_texts()]
+    assert names[:3] == [f"class {kind}" for kind in dict.fromkeys(kinds)]
+
+
+def test_a_share_of_missing_values_is_drawn_as_a_share_of_all() -> None:
+    few = vis.plot_missing_values(pd.DataFrame({"a": [None, 1.0, 1.0, 1.0]}))
+    many = vis.plot_missing_values(pd.DataFrame({"a": [None, None, None, 1.0]}))
+    assert few.patches[0].get_width() / few.get_xlim()[1] == pytest.approx(
+        many.patches[0].get_width() / many.get_xlim()[1] / 3, rel=0.05
+    )
+
+
 @pytest.mark.parametrize("output", [None, 0])
 def test_one_output_in_a_column_of_its_own_is_drawn(regression: Case, output: int | None) -> None:
     X, y = regression.X[["fare"]], np.asarray(regression.y)
