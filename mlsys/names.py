@@ -95,6 +95,11 @@ def check_version(version: str) -> str:
     return version
 
 
+def is_version_to_write(version: str) -> bool:
+    """Whether it is `v1`, `v2`, …: `latest` is what was written last."""
+    return isinstance(version, str) and _VERSION.fullmatch(version) is not None
+
+
 def is_column_name(name: str) -> bool:
     """Whether a column of BigQuery may have this name; the case of letters is ignored there."""
     allowed = len(name) <= LONGEST_COLUMN_NAME and _NO_COLUMN.search(name) is None

@@ -35,7 +35,6 @@ from mlsys.metadata import (
     without_numpy,
 )
 from mlsys.names import (
-    LATEST,
     LONGEST_COLUMN_NAME,
     METADATA_FILE,
     MODEL_FILE,
@@ -44,8 +43,8 @@ from mlsys.names import (
     Environment,
     artifact_path,
     check_model_name,
-    check_version,
     is_column_name,
+    is_version_to_write,
     parse_artifact_path,
     shown,
     version_number,
@@ -110,9 +109,15 @@ def publish_model(
         Conflict: that version exists.
         NotFound, AccessDenied, Unavailable: the bucket, as the names say.
     """
+    if not isinstance(name, str):
+        raise InvalidRequest(
+            f"name is a {type(name).__name__}. Pass the model first, and then its name."
+        )
     check_model_name(name)
-    if version != NEXT and check_version(version) == LATEST:
-        raise InvalidRequest(f"{shown(version)} is no version to write. Use v1, v2, … or next.")
+    if version != NEXT and not is_version_to_write(version):
+        raise InvalidRequest(
+            f"{shown(str(version))} is no version to write. Use v1, v2, … or next."
+        )
     if env not in set(Environment):
         raise InvalidRequest(f"env is {shown(str(env))}. Use one of {', '.join(Environment)}.")
     _check_predicts(model)

@@ -555,7 +555,9 @@ def test_the_service_refuses_a_model_that_answers_otherwise_and_names_it(
     [
         ({"name": "Titanic"}, "'Titanic' is not a model name"),
         ({"version": "latest"}, "'latest' is no version to write"),
-        ({"version": "1"}, "'1' is not a model version"),
+        ({"name": LinearRegression()}, "name is a LinearRegression. Pass the model first"),
+        ({"version": "1"}, "'1' is no version to write. Use v1, v2, … or next"),
+        ({"version": 1}, "'1' is no version to write"),
         ({"env": "test"}, "env is 'test'. Use one of dev, staging, prod"),
         ({"rows": FEATURES.head(0)}, "rows is empty"),
         ({"rows": ROWS[["a"]]}, "rows lacks features of the model: b"),
