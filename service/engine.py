@@ -34,6 +34,7 @@ from service.contract import (
     RunPage,
     RunsRequest,
 )
+from service.forks import let_children_end
 from service.journal import Journal, Pins, RunRecord
 from service.memory import Memory, peak_memory_bytes, reuse_memory
 from service.model import ModelCache, load_estimator
@@ -312,6 +313,7 @@ class _Prediction:
 async def open_engine(settings: Settings) -> AsyncIterator[Engine]:
     """An engine for as long as the block lasts; at its end, what still runs is ended."""
     reuse_memory()
+    let_children_end()
     # What was opened is closed when all runs have ended: a commit under way is seen through, and
     # one that was cut off leaves word of it in the journal.
     async with _closed_by_all_means() as opened, task_group() as tasks:

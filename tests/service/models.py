@@ -222,6 +222,18 @@ class Meets(Doubles):
         return super().predict(rows)
 
 
+def _double(value: float) -> float:
+    return 2 * value
+
+
+class Forks(Doubles):
+    """Predicts in processes of its own, which it forks for each call."""
+
+    def predict(self, rows: Any) -> np.ndarray:
+        with multiprocessing.get_context("fork").Pool(2) as pool:
+            return np.array(pool.map(_double, rows["x"].tolist()))
+
+
 class EatsMemory(Doubles):
     """Takes and keeps so many MiB more in each call, which goes on for a while after that."""
 
