@@ -202,6 +202,8 @@ class _Appender:
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
                 return  # The connection is lost; the answers' side is told why.
             schema = b""
+        # From here on the end of the call is expected, whether all is acknowledged or not.
+        self._silence.begin()
         await call.done_writing()
 
     async def _next(self) -> _Rows | None:
@@ -233,7 +235,7 @@ class _Appender:
             _check(response, self._unacked[0])
             rows = self._unacked.popleft()
             self._unacked_bytes -= len(rows.data)
-            if self._unacked:
+            if self._unacked or self._at_end:
                 self._silence.begin()
             else:
                 self._silence.end()

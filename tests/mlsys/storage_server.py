@@ -57,10 +57,14 @@ class Fault:
 
 @dataclass(frozen=True)
 class Silence:
-    """The server says no more on a call and leaves it open, `applied` or not as with a Fault."""
+    """The server says no more on a call and leaves it open.
+
+    The message is `applied` or not as with a Fault, or `answered` like any other.
+    """
 
     applied: bool = False
     lasting: bool = False
+    answered: bool = False
 
     async def end(self, context: grpc.aio.ServicerContext) -> None:
         await asyncio.sleep(math.inf)
@@ -245,7 +249,7 @@ class StorageServer(grpc.GenericRpcHandler):
                     if isinstance(step, Fault | Silence | Close):
                         if step.applied:
                             self._apply(request)
-                        if isinstance(step, Close) and step.answered:
+                        if isinstance(step, Close | Silence) and step.answered:
                             answers.send_nowait(self._apply(request))
                         end = step
                         if not self.acks.is_set():

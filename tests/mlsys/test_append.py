@@ -329,6 +329,19 @@ async def test_a_server_that_falls_silent_is_called_again(
     assert silent.cancelled
 
 
+async def test_a_server_that_answers_all_and_does_not_end_the_call_is_not_waited_for(
+    server: StorageServer, api: StorageApi
+) -> None:
+    server.steps[90] = Silence(answered=True)
+
+    with anyio.fail_after(30):
+        append = await append_all(
+            api, batches_of(100, 10), limits=replace(LIMITS, silence_seconds=0.2)
+        )
+
+    assert_stored_once(server, append, 100)
+
+
 async def test_answers_that_were_lost_are_asked_for_again(
     server: StorageServer, api: StorageApi
 ) -> None:

@@ -235,9 +235,9 @@ async def test_a_server_that_says_when_to_come_back_is_asked_again(
 async def test_a_server_that_says_when_to_come_back_is_left_alone_until_then(
     server: StorageServer, api: StorageApi, row: int
 ) -> None:
-    in_an_hour = Fault(CODES.RESOURCE_EXHAUSTED, "too many reads", retry_after=3600)
+    in_a_while = Fault(CODES.RESOURCE_EXHAUSTED, "too many reads", retry_after=50)
     server.sources["s"] = batches_of(100, 10)
-    server.replies["ReadRows"].append((row, in_an_hour))
+    server.replies["ReadRows"].append((row, in_a_while))
     session = await session_of(api)
     with stamina.set_testing(False):
         async with reading(api, session) as (receiver, cancel):
