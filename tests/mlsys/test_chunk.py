@@ -83,6 +83,18 @@ def test_a_chunk_is_made_of_the_very_buffers_of_its_batches() -> None:
     assert [len(chunk.column("id").chunks) for chunk in chunks] == [1, 2, 2, 1, 1]
 
 
+def test_many_batches_of_a_row_are_put_together() -> None:
+    # A row beside them that is large by itself is not copied.
+    large = pa.record_batch({"id": pa.array(range(10_000, 210_000), pa.int64())})
+    batches = [*(ids(n, n + 1) for n in range(1000)), large, *(ids(n, n + 1) for n in range(1000))]
+
+    [chunk] = rechunked(batches, 202_000)
+
+    assert id_list([chunk]) == [*range(1000), *range(10_000, 210_000), *range(1000)]
+    assert len(chunk.column("id").chunks) < 200
+    assert addresses(pa.table(large)) <= addresses(chunk)
+
+
 def test_chunks_keep_the_schema() -> None:
     schema = pa.schema([pa.field("id", pa.int64(), nullable=False)], metadata={"a": "b"})
     batch = pa.record_batch([pa.array([1, 2, 3], pa.int64())], schema=schema)
