@@ -498,7 +498,8 @@ def _blame(predictor: Predictor, chunk: pa.Table, error: BaseException) -> Blame
     fine, bad = 0, chunk.num_rows
     while bad - fine > 1:
         middle = (fine + bad) // 2
-        fine, bad = (fine, middle) if _raised(predictor, chunk.slice(0, middle)) else (middle, bad)
+        half = chunk.slice(fine, middle - fine)  # Those before it are known to be fine.
+        fine, bad = (fine, middle) if _raised(predictor, half) else (middle, bad)
     row = chunk.slice(bad - 1, 1)
     if (alone := _raised(predictor, row)) is None:
         return Blame(type(error).__name__, None, chunk.num_rows, None)

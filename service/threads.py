@@ -39,8 +39,9 @@ def _estimators(value: Any, depth: int, seen: set[int]) -> Iterator[Any]:
             inner = list(vars(value).values())
         case _:
             return
+    deeper = depth if isinstance(value, dict | list | tuple) else depth - 1
     for each in inner[:_MOST_ITEMS]:
-        yield from _estimators(each, depth - 1, seen)
+        yield from _estimators(each, deeper, seen)
 
 
 class Threads:

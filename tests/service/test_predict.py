@@ -1017,6 +1017,20 @@ def test_the_row_that_a_model_raises_on_is_told_exactly(row: int, chunk_rows: in
     assert "ZeroDivisionError: can't take" in str(error)
 
 
+def test_the_row_is_found_without_asking_for_the_others_again_and_again() -> None:
+    asked: list[int] = []
+
+    class Counts(RaisesOn):
+        def predict(self, rows: Any) -> Any:
+            asked.append(len(rows))
+            return super().predict(rows)
+
+    error = raised(Counts(16_383 / 2), numbers(16_384), chunk_rows=16_384)
+
+    assert error.members["row"] == 16_383
+    assert sum(asked) < 2.1 * 16_384
+
+
 def test_of_several_such_rows_the_first_is_told() -> None:
     error = raised(RaisesOn(11.5, 12.0, 30.0), numbers(100), chunk_rows=50)
 

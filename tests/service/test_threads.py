@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from joblib import effective_n_jobs
 from sklearn.compose import make_column_transformer
-from sklearn.ensemble import RandomForestClassifier, VotingClassifier
+from sklearn.ensemble import RandomForestClassifier, StackingClassifier, VotingClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
 from sklearn.neighbors import KNeighborsClassifier
@@ -30,13 +30,16 @@ def test_every_estimator_in_a_model_is_found() -> None:
     search = GridSearchCV(forest(), {"max_depth": [2]}, n_jobs=2, cv=2)
     votes = VotingClassifier([("k", KNeighborsClassifier(n_jobs=4)), ("f", forest())], n_jobs=3)
     columns = make_column_transformer((StandardScaler(), [0, 1]), n_jobs=2)
-    models = [make_pipeline(columns, votes).fit(X, Y), search.fit(X, Y)]
+    inner = make_pipeline(StandardScaler(), forest())
+    stack = make_pipeline(StandardScaler(), StackingClassifier([("inner", inner)], cv=2))
+    models = [make_pipeline(columns, votes).fit(X, Y), search.fit(X, Y), stack.fit(X, Y)]
 
     for model in models:
         leave_threads_to_us(model)
 
-    pipeline, search = models
+    pipeline, search, stack = models
     fitted = [*pipeline[-1].estimators_, pipeline[-1], pipeline[0], search, search.best_estimator_]
+    fitted.append(stack[-1].estimators_[0][-1])
     assert {each.n_jobs for each in fitted} == {None}
 
 
