@@ -37,7 +37,13 @@ from service.sizing import ChunkSize
 from service.source import Sources
 from service.threads import Threads
 from service.trial import interpreter_bound
-from service.workers import WORKER_BYTES, Assignment, in_processes, start_seconds
+from service.workers import (
+    WORKER_BYTES,
+    WORKER_TIMES,
+    Assignment,
+    in_processes,
+    start_seconds,
+)
 
 _log = structlog.get_logger(__name__)
 
@@ -65,7 +71,7 @@ class Job:
         """How many shards there are: one a core, as long as each has a chunk, or a read stream."""
         streams = len(self.session.streams)
         chunks = math.ceil(self.table_rows / self.sizes.rows) or cores
-        return max(streams, min(cores, chunks)) if streams else 0
+        return min(cores, max(streams, chunks)) if streams else 0
 
 
 async def prepare(
@@ -322,7 +328,9 @@ async def _workers(
 ) -> int:
     """In how many processes the model is to predict; 0: in this one."""
     calls = min(cores, settings.worker_processes, job.shards(cores))
-    if calls < 2 or not fits(calls * WORKER_BYTES):
+    # Each loads the model by itself.
+    each = WORKER_BYTES + WORKER_TIMES * job.model.blob.size
+    if calls < 2 or not fits(calls * each):
         return 0
     bound = await interpreter_bound(
         job.predictor,
