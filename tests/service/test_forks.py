@@ -14,16 +14,16 @@ from tests.service.support import PATIENCE, numbers, process_environment, servic
 def test_a_model_that_forks_is_answered_however_often_and_leaves_nothing_running(
     servers: LocalServers, cloud: Cloud
 ) -> None:
-    table, model = cloud.put(numbers(300)), cloud.publish(models.Forks())
+    table, model = cloud.put(numbers(60_000)), cloud.publish(models.Forks())
     env = process_environment(**servers.env)
 
     with service_process(env) as service, Client(base_url=service.url, timeout=PATIENCE) as client:
         for _ in range(8):
             output = cloud.new_table()
-            response = client.predict(table, output, model, chunk_rows=100)
+            response = client.predict(table, output, model, chunk_rows=30_000)
             assert response.status_code == 200, response.text
         left = psutil.Process(service.process.pid).children(recursive=True)
         _, left = psutil.wait_procs(left, timeout=PATIENCE)
 
     assert not left
-    assert cloud.rows(output, order_by="id")[299]["Prediction"] == pytest.approx(598)
+    assert cloud.rows(output, order_by="id")[59_999]["Prediction"] == 119_998
