@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import psutil
-import pytest
 
 from mlsys.local import LocalServers
 from tests.conftest import Client, Cloud
