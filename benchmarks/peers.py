@@ -13,10 +13,11 @@ group `peers` where it is missing: see `benchmarks/contestants.py`.
 Each measurement is of fresh processes. The service and the whole table take turns, and a figure is
 the median of their rounds; the others, and 20 million rows, take long and run once. Seconds are
 those of the job, from the first call to the last row committed: no imports, no start of a service
-or of Ray and its workers. Memory is the most that the processes of a way hold together, shared
-pages counted once, the interpreter and all libraries with it, the local server without. Ray and
-Beam are given fewer rows, and so is the service once more beside them: what a job costs however few
-rows it has weighs more there. Its memory is that at more rows.
+or of Ray and its workers, but for the few that Ray adds as it writes. Memory is the most that the
+processes of a way hold together, shared pages counted once, the interpreter and all libraries with
+it, the local server without. Ray and Beam are given fewer rows, and so is the service once more
+beside them: what a job costs however few rows it has weighs more there. Its memory is that at more
+rows.
 """
 
 from __future__ import annotations
@@ -118,12 +119,19 @@ class Held:
             self.peak = max(self.peak, sum(map(_held, everyone)) / MIB)
 
 
+def _resident(process: psutil.Process) -> int:
+    try:
+        return process.memory_info().rss
+    except psutil.Error:
+        return 0
+
+
 def _held(process: psutil.Process) -> int:
     # What processes share (Ray's blocks, mostly) counts once in all, by each one's part of it.
     try:
         told = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
     except (FileNotFoundError, ProcessLookupError, PermissionError):
-        return 0
+        return 0 if psutil.LINUX else _resident(process)
     return int(told.partition("\nPss:")[2].split()[0]) * 1024 if "\nPss:" in told else 0
 
 
