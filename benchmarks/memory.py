@@ -4,9 +4,9 @@
 
 Each figure is of a service that has done nothing before and is told that it has 512 MiB, those of
 Cloud Run's default instance, with a linear model and 11 columns. Three runs are over 1, 10 and 100
-million rows. It has two read streams and two predict calls at once, whatever the machine: each more
-holds more. The slow writer takes 8 MB a second, 200,000 rows or so. The paused writer takes half
-of the rows and answers no more, until nothing has moved for a while.
+million rows. The service has two read streams and two predict calls at once, whatever the machine:
+each more takes memory. The slow writer takes 8 MB a second, 200,000 rows or so. The paused writer
+takes half of the rows and answers no more, until nothing has moved for a while.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_MIB = 512
-TWO_CORES = {"read_streams": 2, "predict_threads": 2}
 MOST_MORE = 1.05
+TWO_CORES = {"read_streams": 2, "predict_threads": 2}
 SIZES = (1_000_000, 10_000_000, 100_000_000)
 # Bytes a second; a row of the output is about 40.
 SLOW = 8_000_000

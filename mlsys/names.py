@@ -95,7 +95,7 @@ def check_version(version: str) -> str:
     return version
 
 
-def is_version_to_write(version: str) -> bool:
+def is_version_to_write(version: object) -> bool:
     """Whether it is `v1`, `v2`, …: `latest` is what was written last."""
     return isinstance(version, str) and _VERSION.fullmatch(version) is not None
 

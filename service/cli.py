@@ -50,13 +50,14 @@ _NOT_RUN, _NOT_FOUND, _SIGNALLED = 126, 127, 128
 
 # What a person reads goes to stderr, what a program reads to stdout.
 _console = Console(stderr=True)
+_DONE, _NOTED, _FAILED = "[green]✓[/]", "[yellow]![/]", "[red]✗[/]"
 # Of a table that is not for a terminal, so that no name in it is cut into lines.
 _WIDE = 1000
 
 
 def _say(mark: str, text: str) -> None:
     """One line, however long: a log entry or a match of grep is a line."""
-    _console.print(f"{mark}[/] {escape(text)}", highlight=False, soft_wrap=True)
+    _console.print(f"{mark} {escape(text)}", highlight=False, soft_wrap=True)
 
 
 def _show(table: Table) -> None:
@@ -74,10 +75,10 @@ def _plain_errors[**P, T](command: Callable[P, T]) -> Callable[P, T]:
         except ValidationError as error:
             for each in error.errors(include_url=False):
                 where = ".".join(map(str, each["loc"]))
-                _say("[red]✗", f"{where}: {each['msg'].removeprefix('Value error, ')}")
+                _say(_FAILED, f"{where}: {each['msg'].removeprefix('Value error, ')}")
         except MlsysError as error:
             told = " ".join([str(error), *getattr(error, "__notes__", [])])
-            _say("[red]✗", told)
+            _say(_FAILED, told)
             if getattr(error, "retry_after", None) is not None:
                 raise typer.Exit(_TRY_AGAIN) from None
         raise typer.Exit(1)
@@ -153,7 +154,7 @@ def _status(command: Sequence[str], environ: Mapping[str, str]) -> int:
     try:
         process = subprocess.Popen(command, env=environ)
     except OSError as error:
-        _say("[red]✗", f"{command[0]}: {error.strerror}")
+        _say(_FAILED, f"{command[0]}: {error.strerror}")
         return _NOT_FOUND if isinstance(error, FileNotFoundError) else _NOT_RUN
     at_a_terminal = sys.stdin.isatty()
 
@@ -269,7 +270,7 @@ def runs(
     _show(_runs_table(page.runs))
     for each in page.runs if run_id else ():
         if each.error is not None:
-            _say("[red]✗", each.error.detail)
+            _say(_FAILED, each.error.detail)
 
 
 def _runs_table(found: Sequence[RunInfo]) -> Table:
@@ -305,7 +306,7 @@ def _answer(result: BaseModel, message: str, as_json: bool) -> None:
     if as_json:
         print(result.model_dump_json())
     else:
-        _say("[green]✓", message)
+        _say(_DONE, message)
 
 
 @app.command()
@@ -320,9 +321,9 @@ def register(env: Env, url: Url = None, token: Token = None, as_json: AsJson = F
         result = _here("register_here", env)
     for each in result.registered:
         if each.problem is not None:
-            _say("[yellow]!", f"{each.name} {each.version}: {each.problem}")
+            _say(_NOTED, f"{each.name} {each.version}: {each.problem}")
     for each in result.skipped:
-        _say("[yellow]!", f"{each.path}: {each.reason}")
+        _say(_NOTED, f"{each.path}: {each.reason}")
     counts = result.counts
     told = f"{counts.registered} models registered in {result.table}, {counts.deleted} gone."
     _answer(result, told, as_json)

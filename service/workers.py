@@ -45,7 +45,7 @@ _log = structlog.get_logger(__name__)
 # What a worker was seen to hold, with its share of what it has in common with others (its PSS), and
 # with its part of the server.
 WORKER_BYTES = 190 * 2**20
-# And of a model of words, beside that, for each byte of its file: a dict's strings are small ones.
+# And times the size of the model's file, as each loads it: a vectorizer's words took that much.
 WORKER_TIMES = 6
 
 # What workers take to start: the first also wait for the server that they are forked from.

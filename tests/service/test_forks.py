@@ -17,12 +17,16 @@ def test_a_model_that_forks_is_answered_however_often_and_leaves_nothing_running
     env = process_environment(**servers.env)
 
     with service_process(env) as service, Client(base_url=service.url, timeout=PATIENCE) as client:
-        for _ in range(8):
-            output = cloud.new_table()
-            response = client.predict(table, output, model, chunk_rows=30_000)
-            assert response.status_code == 200, response.text
-        left = psutil.Process(service.process.pid).children(recursive=True)
-        _, left = psutil.wait_procs(left, timeout=PATIENCE)
+        try:
+            for _ in range(8):
+                output = cloud.new_table()
+                response = client.predict(table, output, model, chunk_rows=30_000)
+                assert response.status_code == 200, response.text
+        finally:
+            started = psutil.Process(service.process.pid).children(recursive=True)
+            _, left = psutil.wait_procs(started, timeout=PATIENCE)
+            for each in left:  # Or they would outlive the service.
+                each.kill()
 
     assert not left
     assert cloud.rows(output, order_by="id")[59_999]["Prediction"] == 119_998

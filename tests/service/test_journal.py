@@ -66,6 +66,15 @@ def store(cloud: Cloud, wanted: dict[str, Any], record: bytes) -> None:
     )
 
 
+def with_own_journal(start_service: Callable[..., Client], cloud: Cloud) -> tuple[Client, str]:
+    """A service with a bucket of its own for its runs, and that bucket."""
+    bucket = cloud.name("runs").replace("_", "-")
+    create = f"{cloud.settings.storage_emulator_host}/storage/v1/b"
+    service = start_service(gcs_bucket_runs_dev=bucket)
+    service.post(create, json={"name": bucket}).raise_for_status()
+    return service, bucket
+
+
 # A run id that is used again
 
 
@@ -314,10 +323,7 @@ def test_a_run_that_nobody_began_is_not_found(service: Client) -> None:
 def test_runs_are_listed_newest_first_page_by_page_and_by_state(
     start_service: Callable[..., Client], cloud: Cloud, table: str, doubles: str
 ) -> None:
-    bucket = cloud.name("runs").replace("_", "-")
-    create = f"{cloud.settings.storage_emulator_host}/storage/v1/b"
-    service = start_service(gcs_bucket_runs_dev=bucket)
-    service.post(create, json={"name": bucket}).raise_for_status()
+    service, _ = with_own_journal(start_service, cloud)
     ids = [cloud.name("run") for _ in range(5)]
     raises = cloud.publish(models.RaisesAt(0))
     for number, run_id in enumerate(ids):
@@ -341,10 +347,7 @@ def test_runs_are_listed_newest_first_page_by_page_and_by_state(
 def test_what_is_no_record_hides_no_run_from_the_list(
     start_service: Callable[..., Client], cloud: Cloud, table: str, doubles: str
 ) -> None:
-    bucket = cloud.name("runs").replace("_", "-")
-    create = f"{cloud.settings.storage_emulator_host}/storage/v1/b"
-    service = start_service(gcs_bucket_runs_dev=bucket)
-    service.post(create, json={"name": bucket}).raise_for_status()
+    service, bucket = with_own_journal(start_service, cloud)
     ids = [cloud.name("run") for _ in range(5)]
     for run_id in ids:
         service.predict(table, cloud.new_table(), doubles, run_id=run_id)
